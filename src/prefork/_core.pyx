@@ -1,0 +1,1176 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+"""The bridge between the C core and Python: the only module that sees prefork.h.
+
+It converts, checks and counts references; decisions are C (mechanism) or Python
+(policy). The GIL is released only around the two calls that sleep.
+"""
+import math
+import os
+from collections import deque
+from collections.abc import Mapping
+from socket import AF_INET as _AF_INET
+from socket import AF_INET6 as _AF_INET6
+from socket import inet_ntop
+from sys import intern
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeLatin1
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_ASCII(object text)
+
+from prefork.errors import ClientDisconnected, ProtocolError, RequestError
+
+
+# ---- Errors ----
+
+cdef int FIRST_PEER_ERROR = -20001
+cdef int FIRST_APP_ERROR = -20101
+
+
+cdef object error_of(int rc):
+    """The exception that words a bad result of the core."""
+    text = pf_error_text(rc).decode("utf-8", "replace")
+    if rc > FIRST_PEER_ERROR:
+        return OSError(-rc, os.strerror(-rc))
+    if rc in (PF_ERR_CLOSED, PF_ERR_WRITE_TIMEOUT, PF_ERR_IDLE_TIMEOUT):
+        return ClientDisconnected(text)
+    if rc <= FIRST_APP_ERROR:
+        return ProtocolError(text)
+    return RequestError(text, pf_error_status(rc))
+
+
+cdef int check(int rc) except -1:
+    """Pass a good result on; raise a bad one."""
+    if rc >= 0:
+        return rc
+    raise error_of(rc)
+
+
+def error(int rc):
+    """The exception of a code that an event carried."""
+    return error_of(rc)
+
+
+def error_status(int rc):
+    """The HTTP status that answers this error; 0 if it is not the peer's."""
+    return pf_error_status(rc)
+
+
+# ---- Listeners ----
+
+SOCKET_REUSEPORT = PF_SOCKET_REUSEPORT
+SOCKET_V6ONLY = PF_SOCKET_V6ONLY
+SOCKET_DEFER_ACCEPT = PF_SOCKET_DEFER_ACCEPT
+SOCKET_FAST_OPEN = PF_SOCKET_FAST_OPEN
+
+
+def listen(int family, str host, int port, int backlog, int mode, unsigned int flags):
+    """Open a listening socket and return its fd: close-on-exec, non-blocking, yours.
+
+    host is a numeric address or the path of a unix socket; mode -1 leaves a unix
+    socket's permissions to the umask; flags are SOCKET_*. Raises OSError.
+    """
+    cdef pf_socket_spec spec
+    cdef bytes name = os.fsencode(host)
+    if b"\0" in name:
+        raise ValueError("embedded null byte in the address")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be between 0 and 65535, not {port}")
+    spec.family = family
+    spec.host = name
+    spec.port = <uint16_t>port
+    spec.backlog = backlog
+    spec.mode = mode
+    spec.flags = flags
+    return check(pf_socket_listen(&spec))
+
+
+def check_listener(int fd):
+    """Raise OSError unless fd is a listening stream socket."""
+    check(pf_socket_check(fd))
+
+
+def quiesce(int fd):
+    """Let no new handshake begin on this TCP listener; those begun still complete.
+
+    Does nothing to a unix socket: its file is the caller's to remove.
+    """
+    check(pf_socket_quiesce(fd))
+
+
+def spread(int fd, int members, avoided):
+    """Which of the listeners that share this one's address get new connections.
+
+    members is how many there are, avoided the places, in the order of their listen(),
+    of those that get none; if it is empty, all do again. Raises OSError.
+    """
+    cdef int places[PF_SOCKET_AVOIDED]
+    cdef int count = 0
+    for place in sorted(avoided):
+        if count == PF_SOCKET_AVOIDED:
+            raise ValueError("too many places")
+        places[count] = place
+        count += 1
+    check(pf_socket_spread(fd, members, places, count))
+
+
+# ---- Processes ----
+
+EXITED = PF_PROCESS_EXITED
+SIGNALLED = PF_PROCESS_SIGNALLED
+READABLE = PF_PROCESS_READABLE
+STATUS_UNKNOWN = PF_PROCESS_STATUS_UNKNOWN
+
+cdef enum:
+    MAX_EVENTS = 64
+    MAX_SIGNALS = 64
+
+
+cdef int milliseconds(object timeout) except -2:
+    """Seconds as the core counts them, rounded up so that nobody wakes too early."""
+    if timeout is None:
+        return -1
+    return min(max(0, math.ceil(timeout * 1000)), 0x7FFFFFFF)
+
+
+cdef class Processes:
+    """Children and signals of this process behind one blocking wait.
+
+    Belongs to the thread that made it: there the signals stay blocked until close().
+    """
+
+    def __cinit__(self, signals=()):
+        cdef int numbers[MAX_SIGNALS]
+        cdef int count = 0
+        for number in signals:
+            if count == MAX_SIGNALS:
+                raise ValueError("too many signals")
+            numbers[count] = number
+            count += 1
+        check(pf_process_open(&self.handle, numbers, count))
+
+    def __dealloc__(self):
+        pf_process_close(self.handle)
+
+    cdef pf_processes *opened(self) except NULL:
+        if self.handle is NULL:
+            raise ValueError("this Processes is closed")
+        return self.handle
+
+    def adopt(self, int pid):
+        """Watch a child of ours; wait() reaps it and tells (EXITED, pid, status)."""
+        check(pf_process_adopt(self.opened(), pid))
+
+    def watch(self, int fd):
+        """Have wait() tell (READABLE, fd, 0) for as long as fd can be read."""
+        check(pf_process_watch(self.opened(), fd))
+
+    def unwatch(self, int fd):
+        """Forget a watched fd; to be called before it is closed."""
+        check(pf_process_unwatch(self.opened(), fd))
+
+    def wait(self, timeout=None):
+        """Sleep until something happens, at most timeout seconds (None: for ever).
+
+        Returns a list of (kind, pid, status), signals first: (EXITED, pid, status as
+        os.waitpid gives it or STATUS_UNKNOWN), (SIGNALLED, sender or 0, signal),
+        (READABLE, fd, 0). The list is empty when the time is up, or earlier when a
+        handler of another signal is to run.
+        """
+        cdef pf_process_event events[MAX_EVENTS]
+        cdef pf_processes *handle = self.opened()
+        cdef int timeout_ms = milliseconds(timeout)
+        cdef int count
+        with nogil:
+            count = pf_process_wait(handle, events, MAX_EVENTS, timeout_ms)
+        check(count)
+        return [(events[i].kind, events[i].pid, events[i].status) for i in range(count)]
+
+    def kill(self, int pid, int signal):
+        """Signal an adopted child; ProcessLookupError once it is reaped."""
+        check(pf_process_kill(self.opened(), pid, signal))
+
+    def reap_strangers(self):
+        """Reap ended children that were not adopted here; returns how many."""
+        return check(pf_process_reap_strangers(self.opened()))
+
+    def close(self):
+        """Restore the signal mask and give everything back; may be repeated."""
+        pf_process_close(self.handle)
+        self.handle = NULL
+
+    def forget(self):
+        """close() in a forked child: the parent's view stays as it is."""
+        pf_process_forget(self.handle)
+        self.handle = NULL
+
+
+def is_reaper():
+    """Whether this process inherits the children that others leave behind."""
+    return bool(pf_process_is_reaper())
+
+
+def set_reaper(bint on):
+    """Become a subreaper, which inherits what its descendants leave, or be none."""
+    check(pf_process_set_reaper(on))
+
+
+FIRST_FD = PF_PROCESS_FIRST_FD
+
+
+cdef char **strings(list items) except NULL:
+    """A C array that borrows these bytes; the caller frees it."""
+    cdef char **found = <char **>malloc((len(items) + 1) * sizeof(char *))
+    if found is NULL:
+        raise MemoryError
+    for i in range(len(items)):
+        found[i] = PyBytes_AS_STRING(items[i])
+    found[len(items)] = NULL
+    return found
+
+
+def start_program(str path, arguments, environment, fds=(), directory=None):
+    """Start a program; returns its pid. Raises OSError, also if it cannot be executed.
+
+    environment is a mapping; the program finds fds at FIRST_FD and behind, /dev/null as
+    stdin, and our stdout, stderr and signal mask.
+    """
+    cdef pf_process_program program
+    cdef int numbers[PF_PROCESS_FDS]
+    cdef bytes name = os.fsencode(path)
+    cdef bytes start = None if directory is None else os.fsencode(directory)
+    cdef list argv = [os.fsencode(text) for text in arguments]
+    cdef list envp = [os.fsencode(f"{key}={text}") for key, text in environment.items()]
+    cdef char **c_argv = NULL
+    if len(fds) > PF_PROCESS_FDS:
+        raise ValueError("too many descriptors")
+    for i, fd in enumerate(fds):
+        numbers[i] = fd
+    c_argv = strings(argv)
+    try:
+        program.envp = strings(envp)
+        program.path, program.argv = PyBytes_AS_STRING(name), c_argv
+        program.directory = NULL if start is None else PyBytes_AS_STRING(start)
+        program.fds, program.nfds = numbers, len(fds)
+        try:
+            return check(pf_process_start(&program))
+        finally:
+            free(program.envp)
+    finally:
+        free(c_argv)
+
+
+def set_parent_death_signal(int signal, int expected_parent):
+    """Have the kernel send us this signal when the thread that forked us ends.
+
+    Raises ProcessLookupError if our parent is not expected_parent any more.
+    """
+    check(pf_process_set_parent_death_signal(signal, expected_parent))
+
+
+# ---- The scoreboard ----
+
+ROW_STATES = {
+    PF_ROW_FREE: "free",
+    PF_ROW_BOOTING: "booting",
+    PF_ROW_WAITING: "waiting",
+    PF_ROW_RUNNING: "running",
+    PF_ROW_DRAINING: "draining",
+}
+
+LATENCY_BOUNDS = tuple([
+    pf_scoreboard_bound(i) / 1_000_000 for i in range(PF_LATENCY_BUCKETS)
+])
+
+
+cdef dict figures(const pf_loop_stats *s):
+    """Counters, and what is open now."""
+    return {
+        "accepted": s.accepted, "closed": s.closed, "requests": s.requests,
+        "refused": s.refused, "timeouts": s.timeouts, "bytes_in": s.bytes_in,
+        "bytes_out": s.bytes_out, "passed_on": s.passed_on,
+        "connections": s.connections, "lent": s.lent, "aborted": s.statuses[0],
+        "statuses": {n: s.statuses[n] for n in range(1, 6)},
+    }
+
+
+cdef dict row_figures(const pf_row *row):
+    cdef dict found = figures(&row.stats)
+    found["latency"] = [row.latency[i] for i in range(PF_LATENCY_BUCKETS)]
+    return found
+
+
+cdef class Scoreboard:
+    """A row of shared memory for each worker: what it does and what it has counted.
+
+    Any process that has it may read; the master claims and retires rows. Durations are
+    seconds, times those of time.monotonic(); latency is a list of counts, one for each
+    of LATENCY_BOUNDS.
+    """
+
+    def __cinit__(self, int rows=0, fd=None):
+        if fd is None:
+            check(pf_scoreboard_open(&self.handle, rows))
+        else:
+            check(pf_scoreboard_attach(&self.handle, os.dup(fd)))
+
+    def __dealloc__(self):
+        self.close()
+
+    cdef pf_scoreboard *opened(self) except NULL:
+        if self.handle is NULL:
+            raise ValueError("this Scoreboard is closed")
+        return self.handle
+
+    def close(self):
+        """Unmap the memory; may be repeated. RuntimeError while a loop counts here."""
+        if self.loops > 0:
+            raise RuntimeError("a loop still counts on this Scoreboard")
+        if self.handle is not NULL:
+            pf_scoreboard_close(self.handle)
+            self.handle = NULL
+
+    @property
+    def bounds(self):
+        """The upper bounds of the latency buckets, in seconds."""
+        return LATENCY_BOUNDS
+
+    def fileno(self):
+        """The memory's fd, for a process that attaches to it."""
+        return pf_scoreboard_fileno(self.opened())
+
+    def claim(self, int slot, int generation):
+        """The index of a fresh row for a worker that is about to be started."""
+        return check(pf_scoreboard_claim(self.opened(), slot, generation))
+
+    def retire(self, int row):
+        """The worker of this row has ended: keep its counters, free the row."""
+        check(pf_scoreboard_retire(self.opened(), row))
+
+    def adopt(self, int row, int slot, int fd):
+        """Have the worker of row accept from the listener of a vacant slot, too."""
+        check(pf_scoreboard_adopt(self.opened(), row, slot, fd))
+
+    def release(self, int row, int slot):
+        """Have the worker of row leave that listener again."""
+        check(pf_scoreboard_release(self.opened(), row, slot))
+
+    def row(self, int index):
+        """What one worker does: a dict; None if the row is free."""
+        cdef pf_row *row = pf_scoreboard_row(self.opened(), index)
+        if row is NULL:
+            raise IndexError(index)
+        if row.state == PF_ROW_FREE:
+            return None
+        return {
+            "row": index, "pid": row.pid, "slot": row.slot,
+            "generation": row.generation, "state": ROW_STATES[row.state],
+            "started": row.started_ms / 1000, "heartbeat": row.heartbeat_ms / 1000,
+            **row_figures(row),
+        }
+
+    def rows(self):
+        """row() of every worker there is."""
+        rows = [self.row(i) for i in range(pf_scoreboard_rows(self.opened()))]
+        return [row for row in rows if row is not None]
+
+    def totals(self):
+        """The counters of all workers, those that have ended included."""
+        cdef pf_row sum
+        pf_scoreboard_totals(self.opened(), &sum)
+        return row_figures(&sum)
+
+
+# ---- The loop ----
+
+cdef dict OPTION_FLAGS = {
+    "lend_heads": PF_OPTION_LEND_HEADS,
+    "lend_refused": PF_OPTION_LEND_REFUSED,
+    "notices": PF_OPTION_NOTICES,
+    "no_date": PF_OPTION_NO_DATE,
+    "no_keep_alive": PF_OPTION_NO_KEEP_ALIVE,
+    "get_only": PF_OPTION_GET_ONLY,
+    "tcp_keepalive": PF_OPTION_TCP_KEEPALIVE,
+    "keep_on_drain": PF_OPTION_KEEP_ON_DRAIN,
+}
+
+REQUEST = PF_EVENT_REQUEST
+BODY = PF_EVENT_BODY
+WRITABLE = PF_EVENT_WRITABLE
+CLOSED = PF_EVENT_CLOSED
+DRAINED = PF_EVENT_DRAINED
+REFUSED = PF_EVENT_REFUSED
+WOKEN = PF_EVENT_WOKEN
+READABLE_FD = PF_EVENT_READABLE
+
+NOTICES = {1: "new", 2: "active", 3: "idle", 4: "closed", 5: "error"}
+
+
+cdef int read_options(pf_options *o, dict given, list keep) except -1:
+    """Fill in the options of a loop; keep holds what they borrow."""
+    cdef bytes text
+    pf_options_init(o)
+    for name, value in given.items():
+        if name in OPTION_FLAGS:
+            if value:
+                o.flags |= <unsigned>OPTION_FLAGS[name]
+            else:
+                o.flags &= ~<unsigned>OPTION_FLAGS[name]
+        elif name in ("server", "content_type"):
+            text = (value or "").encode("latin-1")
+            keep.append(text)
+            if name == "server":
+                o.server = text
+            else:
+                o.content_type = text
+        elif name == "max_connections":
+            o.max_connections = value
+        elif name == "max_connections_per_ip":
+            o.max_connections_per_ip = value
+        elif name == "max_requests":
+            o.max_requests = value
+        elif name == "header_timeout_ms":
+            o.header_timeout_ms = value
+        elif name == "read_timeout_ms":
+            o.read_timeout_ms = value
+        elif name == "write_timeout_ms":
+            o.write_timeout_ms = value
+        elif name == "idle_timeout_ms":
+            o.idle_timeout_ms = value
+        elif name == "linger_timeout_ms":
+            o.linger_timeout_ms = value
+        elif name == "drain_idle_ms":
+            o.drain_idle_ms = value
+        elif name == "min_body_rate":
+            o.min_body_rate = value
+        elif name == "read_buffer_size":
+            o.read_buffer_size = value
+        elif name == "max_target_size":
+            o.max_target_size = value
+        elif name == "max_field_size":
+            o.max_field_size = value
+        elif name == "max_header_size":
+            o.max_header_size = value
+        elif name == "max_fields":
+            o.max_fields = value
+        elif name == "max_body_size":
+            o.max_body_size = value
+        else:
+            raise TypeError(f"a loop has no option {name!r}")
+    return 0
+
+
+cdef class Loop:
+    """The C loop: sockets, connections, timers. Belongs to the thread that runs it.
+
+    Only wake() and call() may be used by other threads. It is opened after a fork,
+    never before: parent and child would share its poller.
+    """
+
+    def __cinit__(self, **options):
+        cdef pf_options o
+        cdef list keep = []
+        read_options(&o, options, keep)
+        check(pf_loop_open(&self.handle, &o))
+        self.calls = deque()
+
+    def __dealloc__(self):
+        if self.handle is not NULL:
+            self.shut()
+            pf_loop_free(self.handle)
+
+    cdef pf_loop *opened(self) except NULL:
+        if self.handle is NULL:
+            raise ValueError("this Loop is closed")
+        return self.handle
+
+    cdef int wait_batch(self, int timeout_ms) except -1:
+        """One turn: fills self.events, returns how many; drops released bodies."""
+        cdef pf_loop *handle = self.handle
+        cdef int count
+        with nogil:
+            count = pf_loop_wait(handle, self.events, BATCH, timeout_ms)
+        self.count = max(count, 0)
+        return check(count)
+
+    cdef void forget(self, pf_request *loan):
+        """A loan is over: the rest of the batch has nothing to tell of it."""
+        cdef int i
+        for i in range(self.count):
+            if self.events[i].request == loan:
+                self.events[i].flags = 0
+                self.events[i].request = NULL
+
+    cdef int64_t touch(self):
+        """Read the clock; monotonic milliseconds."""
+        return pf_loop_touch(self.handle)
+
+    cdef int64_t now(self):
+        """The clock as of the last wake-up or touch(); monotonic milliseconds."""
+        return pf_loop_now(self.handle)
+
+    cdef object run_calls(self):
+        """Run what other threads asked for."""
+        while self.calls:
+            function, arguments = self.calls.popleft()
+            function(*arguments)
+
+    def shut(self):
+        """Close all connections and descriptors; may be repeated."""
+        cdef void *ref
+        pf_loop_close(self.handle)
+        if self.board is not None:
+            self.board.loops -= 1
+            self.board = None
+        while pf_loop_take_released(self.handle, &ref, 1) > 0:
+            Py_DECREF(<object>ref)
+
+    def attach(self, Scoreboard board not None, int row):
+        """Count in this row from now on; before anything else is done."""
+        check(pf_loop_attach(self.opened(), board.opened(), row))
+        self.board = board
+        board.loops += 1
+
+    def listen(self, int fd):
+        """Accept connections from this listening socket, which stays the caller's."""
+        check(pf_loop_listen(self.opened(), fd))
+
+    def watch(self, int fd):
+        """Have wait() tell (READABLE_FD, None, fd) for as long as fd can be read."""
+        check(pf_loop_watch(self.opened(), fd))
+
+    def unwatch(self, int fd):
+        """Forget a watched fd; to be called before it is closed."""
+        check(pf_loop_unwatch(self.opened(), fd))
+
+    def wait(self, timeout=None):
+        """One turn: [(flags, Request or None, code)], empty when the time is up.
+
+        The sleep and all accepting, reading, parsing, refusing, timing out and writing
+        happen without the GIL.
+        """
+        cdef int count = self.wait_batch(milliseconds(timeout))
+        cdef list events = []
+        cdef Request request
+        for i in range(count):
+            event = &self.events[i]
+            if event.flags & PF_EVENT_RELEASED:
+                Py_DECREF(<object>event.user)
+                continue
+            if event.flags & PF_EVENT_WOKEN:
+                self.run_calls()
+            request = None
+            if event.flags & PF_EVENT_REQUEST:
+                request = Request.__new__(Request)
+                request.lend(self, event.request)
+                request.hold()
+            elif event.request is not NULL:
+                request = <Request>event.user
+            events.append((event.flags, request, event.code))
+        return events
+
+    def wake(self):
+        """End the current wait, or the next. Any thread may call this."""
+        check(pf_loop_wake(self.opened()))
+
+    def call(self, function, *arguments):
+        """Have the loop's thread call function soon. Any thread may call this."""
+        self.calls.append((function, arguments))
+        check(pf_loop_wake(self.opened()))
+
+    def flush(self):
+        """Send what is queued now, without waiting."""
+        check(pf_loop_flush(self.opened()))
+
+    def drain(self, bint sweep=True):
+        """Stop accepting, finish what is under way; DRAINED comes when all is done.
+
+        sweep accepts first what waits in the listeners' queues. A second call closes
+        idle connections at once.
+        """
+        check(pf_loop_drain(self.opened(), sweep))
+
+    def fileno(self):
+        """The fd that is readable when wait(0) finds something, timers included."""
+        return check(pf_loop_fileno(self.opened()))
+
+    @property
+    def ready(self):
+        """Whether wait(0) would find something that fileno() does not show."""
+        return pf_loop_ready(self.opened()) or bool(self.calls)
+
+    @property
+    def wake_fileno(self):
+        """The fd whose write wakes the loop, for signal.set_wakeup_fd()."""
+        return pf_loop_wake_fileno(self.opened())
+
+    def stats(self):
+        """Counters since the loop was opened, and what is open now."""
+        cdef pf_loop_stats s
+        pf_loop_get_stats(self.opened(), &s)
+        return {**figures(&s), "buffers_in_use": s.buffers_in_use}
+
+    def notices(self):
+        """Take the notices: [(kind, connection number, client, error or None)]."""
+        cdef pf_notice found[64]
+        cdef int count
+        cdef list out = []
+        while True:
+            count = pf_loop_notices(self.opened(), found, 64)
+            for i in range(count):
+                error = error_of(found[i].code) if found[i].code else None
+                out.append((NOTICES[found[i].kind], found[i].connection,
+                            peer_name(&found[i].peer), error))
+            if count < 64:
+                return out
+
+
+# ---- Requests ----
+
+cdef int AF_INET = _AF_INET
+cdef int AF_INET6 = _AF_INET6
+
+cdef list FIELD_NAMES = [
+    pf_http_field_name(id).decode("latin-1") for id in range(PF_FIELD_COUNT)
+]
+FIELD_NAMES = [intern(name) for name in FIELD_NAMES]
+
+
+cdef object peer_name(const pf_peer *peer):
+    """(host, port) of an address; ("", 0) for a unix socket."""
+    if peer.family == AF_INET:
+        return inet_ntop(AF_INET, peer.bytes[:4]), peer.port
+    if peer.family == AF_INET6:
+        return inet_ntop(AF_INET6, peer.bytes[:16]), peer.port
+    return "", 0
+
+
+# Tracked by the collector as its subclass in _native is, which Cython cannot help: the
+# two share this free list, so their memory must be laid out alike.
+@cython.freelist(128)
+cdef class Request:
+    """One request and its answer, on loan from the loop.
+
+    What it tells of the request stays true after the loan: whoever keeps the object
+    keeps a copy of the head. The methods that answer belong to the loop's thread and
+    raise ClientDisconnected when the peer has left, ProtocolError when the answer
+    would break the protocol.
+    """
+
+    def __dealloc__(self):
+        if self.loan is not NULL:
+            pf_request_abort(self.loan)
+        free(self.copy)
+
+    cdef void lend(self, Loop loop, pf_request *loan):
+        self.loan = loan
+        self.loop = loop
+        self.head = pf_request_head(loan)
+
+    cdef bint is_whole(self):
+        """Whether nothing more of it will arrive; only while it is on loan."""
+        return pf_request_body_done(self.loan)
+
+    cdef pf_request *lent(self) except NULL:
+        if self.loan is NULL:
+            raise ProtocolError("the request was answered already")
+        return self.loan
+
+    cdef const pf_head *heading(self) except NULL:
+        if self.head is NULL:
+            raise RuntimeError("this request is gone")
+        return self.head
+
+    cdef const char *bytes(self):
+        if self.copy is not NULL:
+            return <const char *>self.head + self.head_size()
+        return pf_request_bytes(self.loan)
+
+    cdef size_t head_size(self):
+        return <size_t>(<const char *>&self.head.fields[self.head.nfields]
+                        - <const char *>self.head)
+
+    cdef int detach(self) except -1:
+        """Make all that it tells our own, and the body if all of it is here."""
+        cdef size_t size
+        cdef pf_peer *ends
+        cdef char *head
+        if self.copy is not NULL or self.loan is NULL:
+            return 0
+        size = self.head_size()
+        self.copy = <char *>malloc(2 * sizeof(pf_peer) + size + self.head.size)
+        if self.copy is NULL:
+            raise MemoryError
+        ends = <pf_peer *>self.copy
+        pf_request_get_peer(self.loan, &ends[0])
+        pf_request_get_local(self.loan, &ends[1])  # empty when the peer is gone
+        head = self.copy + 2 * sizeof(pf_peer)
+        memcpy(head, self.head, size)
+        memcpy(head + size, pf_request_bytes(self.loan), self.head.size)
+        self.head = <const pf_head *>head
+        if self.content is None and pf_request_body_done(self.loan):
+            self.content = self.take_body()
+        return 0
+
+    cdef int hold(self) except -1:
+        """Let the loan's later events find this object."""
+        if not self.held:
+            self.held = True
+            Py_INCREF(self)
+            pf_request_set_user(self.lent(), <void *>self)
+        return 0
+
+    cdef int ended(self) except -1:
+        """The loan is over."""
+        if self.held:
+            self.loop.forget(self.loan)
+        self.loan = NULL
+        self.exchange = None
+        if self.copy is NULL:
+            self.head = NULL
+        if self.held:
+            self.held = False
+            Py_DECREF(self)
+        return 0
+
+    cdef int drop(self) except -1:
+        """End the loan without an answer, if it is not over."""
+        if self.loan is not NULL:
+            self.detach()
+            pf_request_abort(self.loan)
+            self.ended()
+        return 0
+
+    cdef bint answer(self, int status, bytes content_type, bytes body) except -1:
+        """The whole answer in one call; the caller holds the only reference but one."""
+        cdef int rc
+        cdef const char *type = NULL
+        cdef Py_ssize_t type_len = 0
+        if self.loan is NULL:
+            self.lent()
+        if Py_REFCNT(self) > 1:
+            self.detach()
+        if content_type is not None:
+            type = PyBytes_AS_STRING(content_type)
+            type_len = PyBytes_GET_SIZE(content_type)
+        rc = pf_request_answer(self.loan, status, type, type_len,
+                               PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body),
+                               <void *>body)
+        if rc == PF_ERR_APP_FIELD_VALUE:
+            text = pf_error_text(rc).decode("ascii")
+            value = content_type.decode("latin-1")
+            raise ProtocolError(f"{text}: 'Content-Type': {value!r}")
+        if rc < 0:
+            check(rc)
+        if rc > 0:
+            Py_INCREF(body)
+        self.ended()
+        return True
+
+    cdef bytes span(self, pf_span span):
+        return self.bytes()[span.at:span.at + span.len]
+
+    # -- what was asked --
+
+    @property
+    def method(self):
+        """The method as sent: methods are case-sensitive (RFC 9110 9.1)."""
+        cdef const pf_head *head = self.heading()
+        if head.flags & PF_HEAD_IS_GET:
+            return "GET"
+        return self.span(head.method).decode("latin-1")
+
+    @property
+    def target(self):
+        """The request target as sent, in bytes (RFC 9112 3.2)."""
+        return self.span(self.heading().target)
+
+    @property
+    def raw_path(self):
+        """The path of the target as sent, in bytes, without the query."""
+        cdef const pf_head *head = self.heading()
+        if head.path.len == 0:
+            return b"/"
+        return self.span(head.path)
+
+    @property
+    def query_string(self):
+        """What stands behind the target's "?", in bytes."""
+        return self.span(self.heading().query)
+
+    @property
+    def http_version(self):
+        """"1.0" or "1.1"; a higher minor version is served as 1.1."""
+        return "1.1" if self.heading().minor else "1.0"
+
+    @property
+    def headers(self):
+        """The header fields: a read-only, case-insensitive mapping."""
+        self.heading()
+        cdef Headers headers = Headers.__new__(Headers)
+        headers.request = self
+        return headers
+
+    @property
+    def content_length(self):
+        """The announced length of the body; None if it is chunked."""
+        cdef const pf_head *head = self.heading()
+        return None if head.flags & PF_HEAD_CHUNKED else head.content_length
+
+    @property
+    def expects_continue(self):
+        """Whether the peer sent Expect: 100-continue."""
+        return bool(self.heading().flags & PF_HEAD_EXPECT)
+
+    @property
+    def keep_alive(self):
+        """Whether the peer wants the connection kept (RFC 9112 9.3)."""
+        return bool(self.heading().flags & PF_HEAD_KEEP_ALIVE)
+
+    @property
+    def client(self):
+        """The peer's (host, port); ("", 0) on a unix socket."""
+        cdef pf_peer peer
+        if self.peer is None:
+            if self.copy is not NULL:
+                peer = (<pf_peer *>self.copy)[0]
+            else:
+                pf_request_get_peer(self.lent(), &peer)
+            self.peer = peer_name(&peer)
+        return self.peer
+
+    @property
+    def server(self):
+        """Our own (host, port) that the peer connected to; ("", 0) on a unix socket."""
+        cdef pf_peer peer
+        if self.local is None:
+            if self.copy is not NULL:
+                peer = (<pf_peer *>self.copy)[1]
+            else:
+                check(pf_request_get_local(self.lent(), &peer))
+            self.local = peer_name(&peer)
+        return self.local
+
+    @property
+    def connection(self):
+        """The number of its connection, unique in its loop."""
+        return pf_request_connection(self.lent())
+
+    @property
+    def closed(self):
+        """Whether the peer is known to be gone."""
+        return self.loan is NULL or pf_request_closed(self.loan)
+
+    # -- its body --
+
+    @property
+    def body_done(self):
+        """Whether all of the body has arrived."""
+        return self.loan is NULL or pf_request_body_done(self.loan)
+
+    def take_body(self):
+        """Take out the body bytes that have arrived."""
+        cdef pf_slice part = pf_request_body(self.lent())
+        cdef bytes data = part.data[:part.len] if part.len > 0 else b""
+        check(pf_request_consume(self.loan, part.len))
+        return data
+
+    def want_body(self, bint whole):
+        """Have BODY told when bytes are there, or all are; sends 100 Continue."""
+        check(pf_request_want_body(self.lent(),
+                                   PF_WANT_WHOLE if whole else PF_WANT_SOME))
+
+    def limit(self, max_body_size=None, read_timeout=None, write_timeout=None):
+        """Limits of this one request; RequestError if it announces a larger body."""
+        check(pf_request_limit(
+            self.lent(), -1 if max_body_size is None else max_body_size,
+            milliseconds(read_timeout), milliseconds(write_timeout)))
+
+    # -- its answer --
+
+    def keep(self):
+        """Make this object independent of the loan and of the loop's thread."""
+        self.detach()
+
+    def attach(self, exchange):
+        """Have the loan's later events call exchange.on_body() and the like."""
+        self.hold()
+        self.exchange = exchange
+
+    def begin(self, int status, headers, length=None):
+        """Begin the answer. length None: unknown, so chunked or ended by the close."""
+        cdef int rc = pf_request_begin(self.lent(), status,
+                                       -1 if length is None else length)
+        check(rc)
+        try:
+            for name, value in headers:
+                self.field(name, value)
+        except BaseException:
+            pf_request_reset(self.loan)
+            raise
+
+    cdef int field(self, object name, object value) except -1:
+        cdef Py_ssize_t name_len = 0
+        cdef Py_ssize_t value_len = 0
+        cdef object name_bytes = None  # keep alive what is looked at
+        cdef object value_bytes = None
+        cdef const char *n = ascii_view(name, &name_len)
+        cdef const char *v = ascii_view(value, &value_len)
+        if n is NULL:
+            name_bytes = latin(name)
+            n = PyBytes_AS_STRING(name_bytes)
+            name_len = PyBytes_GET_SIZE(name_bytes)
+        if v is NULL:
+            value_bytes = latin(value)
+            v = PyBytes_AS_STRING(value_bytes)
+            value_len = PyBytes_GET_SIZE(value_bytes)
+        cdef int rc = pf_request_field(self.loan, n, name_len, v, value_len)
+        if rc < 0:
+            if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
+                text = pf_error_text(rc).decode("ascii")
+                raise ProtocolError(f"{text}: {name!r}: {value!r}")
+            check(rc)
+        return 0
+
+    cdef bint reply(self, int status, list pairs, bytes body) except -1:
+        """The whole answer with fields; the caller holds the only reference but one."""
+        cdef int rc = pf_request_begin(self.lent(), status, PyBytes_GET_SIZE(body))
+        check(rc)
+        for name, value in pairs:
+            self.field(name, value)
+        if pf_request_borrows(self.loan, PyBytes_GET_SIZE(body)):
+            check(pf_request_write_ref(self.loan, PyBytes_AS_STRING(body),
+                                       PyBytes_GET_SIZE(body), <void *>body))
+            Py_INCREF(body)
+        else:
+            check(pf_request_write(self.loan, PyBytes_AS_STRING(body),
+                                   PyBytes_GET_SIZE(body)))
+        if Py_REFCNT(self) > 1:
+            self.detach()
+        rc = pf_request_end(self.loan)
+        self.ended()
+        check(rc)
+        return True
+
+    def write(self, data):
+        """Write body bytes; returns how many bytes are not taken by the kernel yet."""
+        cdef bytes body = data if type(data) is bytes else bytes(data)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(body)
+        if pf_request_borrows(self.lent(), size):
+            check(pf_request_write_ref(self.loan, PyBytes_AS_STRING(body), size,
+                                       <void *>body))
+            Py_INCREF(body)
+        else:
+            check(pf_request_write(self.loan, PyBytes_AS_STRING(body), size))
+        return pf_request_pending(self.loan)
+
+    def want_room(self):
+        """Have WRITABLE told when little is pending."""
+        check(pf_request_want_room(self.lent()))
+
+    def inform(self, int status, headers):
+        """An interim answer, sent at once: 103 Early Hints and its like (RFC 8297)."""
+        cdef bytes block = b""
+        for name, value in headers:
+            line = latin(name) + b": " + latin(value)
+            if b"\n" in line:
+                text = pf_error_text(PF_ERR_APP_FIELD_VALUE).decode("ascii")
+                raise ProtocolError(f"{text}: {name!r}: {value!r}")
+            block += line + b"\r\n"
+        check(pf_request_inform(self.lent(), status, PyBytes_AS_STRING(block),
+                                PyBytes_GET_SIZE(block)))
+        self.loop.flush()
+
+    def respond(self, int status, headers, bytes body not None):
+        """The whole answer: begin, fields, body, end."""
+        self.begin(status, headers, PyBytes_GET_SIZE(body))
+        self.write(body)
+        self.end()
+
+    @property
+    def begun(self):
+        """Whether the head of the answer may have been sent."""
+        return self.loan is NULL or pf_request_begun(self.loan)
+
+    @property
+    def answered(self):
+        """Whether the loan is over."""
+        return self.loan is NULL
+
+    def reset(self):
+        """Drop an answer's unsent head, so that another can be begun."""
+        check(pf_request_reset(self.lent()))
+
+    def end(self):
+        """The answer is complete. Ends the loan, whatever it raises."""
+        cdef pf_request *loan = self.lent()
+        self.detach()
+        cdef int rc = pf_request_end(loan)
+        self.ended()
+        check(rc)
+
+    def abort(self):
+        """Give up: the peer sees a truncated answer. Ends the loan; may be repeated."""
+        self.drop()
+
+    def refuse(self, int code):
+        """Answer as the core answers this error, and close. Ends the loan."""
+        cdef pf_request *loan = self.lent()
+        self.detach()
+        cdef int rc = pf_request_refuse(loan, code)
+        if rc < 0:
+            pf_request_abort(loan)
+        self.ended()
+
+
+cdef const char *ascii_view(object text, Py_ssize_t *size) except? NULL:
+    """The bytes of bytes or of an ASCII str, without a copy; NULL if that cannot be."""
+    if type(text) is str and PyUnicode_IS_ASCII(text):
+        return PyUnicode_AsUTF8AndSize(text, size)
+    if type(text) is bytes:
+        size[0] = PyBytes_GET_SIZE(text)
+        return PyBytes_AS_STRING(text)
+    return NULL
+
+
+cdef bytes latin(object text):
+    """Field names and values travel as latin-1 (RFC 9110 5.5)."""
+    if type(text) is bytes:
+        return text
+    if type(text) is str:
+        try:
+            return text.encode("latin-1")
+        except UnicodeEncodeError:
+            raise ProtocolError(
+                f"a header field must be latin-1, not {text!r}") from None
+    raise ProtocolError(f"a header field must be str or bytes, not {text!r}")
+
+
+# ---- Headers ----
+
+cdef class Headers:
+    """The header fields of a request: read-only, names in any case.
+
+    Repeated fields are joined as RFC 9110 5.3 allows, cookies by "; ". get_all() and
+    raw tell them apart.
+    """
+
+    cdef int find(self, name, int start) except -2:
+        cdef const pf_head *head = self.request.heading()
+        cdef bytes key
+        if type(name) is str:
+            try:
+                key = name.encode("latin-1")
+            except UnicodeEncodeError:
+                return -1
+        elif type(name) is bytes:
+            key = name
+        else:
+            return -1
+        return pf_http_find_field(head, self.request.bytes(), PyBytes_AS_STRING(key),
+                                  PyBytes_GET_SIZE(key), start)
+
+    cdef str value(self, int index):
+        cdef const pf_field *field = &self.request.head.fields[index]
+        return PyUnicode_DecodeLatin1(self.request.bytes() + field.value_at,
+                                      field.value_len, NULL)
+
+    cdef str name(self, int index):
+        cdef const pf_field *field = &self.request.head.fields[index]
+        if field.id != PF_FIELD_OTHER:
+            return FIELD_NAMES[field.id]
+        return PyUnicode_DecodeLatin1(self.request.bytes() + field.name_at,
+                                      field.name_len, NULL).lower()
+
+    def get_all(self, name):
+        """Every value of this field, in order; an empty list if there is none."""
+        cdef list values = []
+        cdef int i = self.find(name, 0)
+        while i >= 0:
+            values.append(self.value(i))
+            i = self.find(name, i + 1)
+        return values
+
+    def get(self, name, default=None):
+        """The field's value, or default."""
+        cdef int first = self.find(name, 0)
+        if first < 0:
+            return default
+        if self.find(name, first + 1) < 0:
+            return self.value(first)
+        glue = "; " if self.request.head.fields[first].id == PF_FIELD_COOKIE else ", "
+        return glue.join(self.get_all(name))
+
+    def __getitem__(self, name):
+        value = self.get(name)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __contains__(self, name):
+        return self.find(name, 0) >= 0
+
+    def names(self):
+        """The distinct names, in lower case, in order."""
+        return list(dict.fromkeys(
+            [self.name(i) for i in range(self.request.heading().nfields)]))
+
+    def __iter__(self):
+        return iter(self.names())
+
+    def __len__(self):
+        return len(self.names())
+
+    def keys(self):
+        """The distinct names, in lower case."""
+        return self.names()
+
+    def values(self):
+        """The values, in the order of keys()."""
+        return [self[name] for name in self.names()]
+
+    def items(self):
+        """(name, value) pairs, repeated fields joined."""
+        return [(name, self[name]) for name in self.names()]
+
+    def __eq__(self, other):
+        if not isinstance(other, (Headers, Mapping)):
+            return NotImplemented
+        return dict(self.items()) == dict(other.items())
+
+    __hash__ = None
+
+    def __repr__(self):
+        return f"Headers({self.items()!r})"
+
+    @property
+    def raw(self):
+        """The fields as sent: a list of (name, value) pairs of bytes."""
+        cdef const pf_head *head = self.request.heading()
+        cdef const char *data = self.request.bytes()
+        cdef list pairs = []
+        for i in range(head.nfields):
+            field = &head.fields[i]
+            pairs.append((data[field.name_at:field.name_at + field.name_len],
+                          data[field.value_at:field.value_at + field.value_len]))
+        return pairs
+
+
+Mapping.register(Headers)
+
+
+# ---- Facts for tests and benchmarks ----
+
+def simd():
+    """Which SIMD variant scans: "avx2", "sse2" or "portable"."""
+    return pf_http_simd().decode("ascii")
+
+
+def set_simd(str name):
+    """Choose the variant; OSError if this CPU has it not."""
+    check(pf_http_set_simd(name.encode("ascii")))

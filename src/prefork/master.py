@@ -1,0 +1,1124 @@
+"""The master: binds, starts the workers, keeps them alive, and ends them in order.
+
+    Prefork      what users hold: options as plain attributes, listen_and_serve()
+    Master       one call of listen_and_serve(), from bind to teardown
+    slots.Slot   the place of one worker; workers come and go, slots stay
+    spawn        where workers come from
+    reload       how all of them are replaced
+
+The master waits in one blocking call for everything at once: signals, children that
+end, and the pipes by which workers report. It runs in the program's main thread, as do
+all callbacks but on_master_death, and never accepts a connection.
+
+A stop is the same as a teardown after an error: listeners quiesced, SIGTERM to all, and
+SIGKILL to who is left after the grace period. There is one way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import gc
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from prefork import _core, listeners, log, spawn, worker
+from prefork.config import OPTIONS, PREFORK, Config, names, usable_cpus
+from prefork.errors import (
+    ConfigError,
+    OnlyReuseportOnWindowsError,
+    OverRecoveryError,
+    ReloadError,
+    WorkerBootError,
+    describe_status,
+)
+from prefork.listeners import Listener
+from prefork.reload import Reload
+from prefork.slots import Life, Slot, Worker, WorkerState
+from prefork.spawn import Forks, Producer, Programs, Seat, Source, Template
+
+
+class State(enum.Enum):
+    """Of a master; `Master._become` is the one writer."""
+
+    STARTING = "starting"  # not every worker has accepted yet
+    SERVING = "serving"
+    STOPPING = "stopping"  # the workers drain
+    KILLING = "killing"  # the grace period is over, or somebody lost patience
+
+
+RUNNING = (State.STARTING, State.SERVING)
+ROWS = 256  # of the scoreboard, at least: workers that can be alive at one time
+WAKE = b"\0"  # written to the wake pipe by other threads; signals write their number
+STRANGERS_WAIT = 1.0  # seconds in which whoever started a child may reap it
+
+
+class Prefork:
+    """Serve one server from several worker processes.
+
+    server is a `prefork.Server`, or anything with its serve(). Options are keywords,
+    and plain attributes that may be set until listen_and_serve() validates them; the
+    environment (PREFORK_<NAME>) gives their defaults. Callbacks:
+
+    on_child_spawn(pid)       for every worker, after it was started
+    on_master_ready(pids)     once, when every worker accepts
+    on_child_recover(old, new)  after on_child_spawn(new); a notice
+    on_master_death()         in the worker, when the master died; default: drain, exit
+
+    The first three run in the master's main thread. They may call shutdown(), reload()
+    and scale(). What the first two raise tears everything down and leaves
+    listen_and_serve() unchanged; what the third raises is logged. docs/prefork.md has
+    the details.
+    """
+
+    bind: Sequence[str]
+    network: str
+    backlog: int
+    unix_mode: int | None
+    defer_accept: bool
+    reuseport: bool
+    spawn: str
+    preload: bool
+    recover_threshold: int | None
+    recover_window: float | None
+    recover_interval: float
+    shutdown_grace_period: float
+    log_level: str
+    logger: log.Logger | log.Printer | None
+    serve_func: Callable[..., object] | None
+    serve_tls_func: Callable[..., object] | None
+    serve_tls_embed_func: Callable[..., object] | None
+    command_producer: Callable[..., object] | None
+    on_child_spawn: Callable[[int], object] | None
+    on_master_ready: Callable[[list[int]], object] | None
+    on_child_recover: Callable[[int, int], object] | None
+    on_master_death: Callable[[], None] | None
+
+    def __init__(self, server: worker.Servant | None = None, **options: Any) -> None:
+        config = Config.load(options, PREFORK)
+        self.server = server
+        self._workers: Any = None
+        self._master: Master | None = None
+        self._board: _core.Scoreboard | None = None  # of a child that was executed
+        self._number, self._runs = next(_made), 0
+        for name, value in config.keywords(PREFORK).items():
+            setattr(self, name, value)
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """One entry for each slot. To set it to a number is to choose how many."""
+        if self._master is not None:
+            row_of = self._master.board.row
+            return tuple(slot.worker(row_of) for slot in self._master.slots)
+        count = self._workers if isinstance(self._workers, int) else usable_cpus()
+        return tuple(Worker(None, slot, WorkerState.VACANT) for slot in range(count))
+
+    @workers.setter
+    def workers(self, count: int | None) -> None:
+        if self._master is not None:
+            self.scale(count if count is not None else usable_cpus())
+        self._workers = count
+
+    def scale(self, count: int) -> None:
+        """Have so many workers; any thread of the master, and every callback.
+
+        Returns at once. Workers that are too many drain and leave.
+        """
+        count = OPTIONS["workers"].read("workers", count)
+        master = self._asked("scale")
+        if master is not None:
+            master.ask_scale(count)
+
+    @property
+    def scoreboard(self) -> _core.Scoreboard | None:
+        """What the workers do and have counted: rows(), and totals() of all that lived.
+
+        None while nothing runs. The master and every worker may read it, any thread.
+        """
+        return self._master.board if self._master is not None else self._board
+
+    @property
+    def addresses(self) -> tuple[Any, ...]:
+        """What the listeners are bound to, as getsockname() tells it; empty if none.
+
+        (host, port), for IPv6 with two more numbers, or the path of a unix socket.
+        """
+        listeners = self._master.listeners if self._master is not None else []
+        return tuple(listener.name for listener in listeners)
+
+    @property
+    def address(self) -> Any:
+        """The first of the addresses, with its real port; None if there is none."""
+        return next(iter(self.addresses), None)
+
+    def listen_and_serve(self, address: str | Iterable[str] | None = None) -> None:
+        """Bind, start the workers and supervise them until an orderly stop.
+
+        address is ":8080", "host:port", "[::1]:8080", "unix:/path" or several of them
+        (None: the attribute bind). Runs in the main thread, where it handles SIGTERM,
+        SIGINT and SIGQUIT while it runs; it returns after one of them or shutdown().
+
+        Raises ConfigError, TypeError (nothing to serve with), OSError (an address
+        cannot be bound; nothing was started), WorkerBootError (a worker failed before
+        it accepted), OverRecoveryError, and what a callback raised.
+        """
+        self._runs += 1
+        config = self._validated()
+        addresses = config.bind if address is None else _listed(address)
+        inheritance = worker.inheritance()
+        if inheritance is not None:
+            if inheritance.run in ("", self._run_name):
+                self._serve_as_child(inheritance, config, addresses)
+            return  # the master of another one has started this program
+        self._check_caller()
+        if self.serve_func is not None and len(addresses) != 1:
+            raise ConfigError("serve_func takes one listener: give one address")
+        self._master = Master(self._work(config), config, self._run_name)
+        try:
+            self._master.run(addresses)
+        finally:
+            self._master = None
+
+    @property
+    def _run_name(self) -> str:
+        """The same in a program that is run again: which Prefork, which of its runs."""
+        return f"{self._number}.{self._runs}"
+
+    def _work(self, config: Config) -> worker.Work:
+        return worker.Work(
+            server=self.server,
+            serve_func=config.serve_func,
+            on_master_death=config.on_master_death,
+            logger=log.error_logger(config.logger, config.log_level),
+        )
+
+    def _serve_as_child(
+        self, found: worker.Inheritance, config: Config, addresses: Sequence[str]
+    ) -> NoReturn:
+        """Serve here what the master listens on; ends the program."""
+        with contextlib.ExitStack() as stack:
+            sockets = worker.inherited_sockets(found)
+            if not sockets and found.role == "worker":
+                sockets = self._own_sockets(found, config, addresses, stack)
+            if config.serve_func is not None:
+                for sock in sockets:
+                    sock.setblocking(True)
+            work, options = self._work(config), json.dumps(_plain(config))
+            self._board = found.open_board()
+            status = worker.serve_inherited(found, work, sockets, self._board, options)
+        raise SystemExit(status)
+
+    def _own_sockets(
+        self,
+        found: worker.Inheritance,
+        config: Config,
+        addresses: Sequence[str],
+        stack: contextlib.ExitStack,
+    ) -> list[Any]:
+        """With reuseport, a worker that inherits nothing listens for itself."""
+        texts = [found.address] if found.address else addresses
+        config = dataclasses.replace(config, reuseport=True)
+        made = listeners.listen_all(texts, config, 1, stack.callback)
+        return [listener.socket_of(0) for listener in made]
+
+    def listen_and_serve_tls(
+        self, address: str, *, key_file: str, cert_file: str
+    ) -> None:
+        """Has its place here; TLS is not available in this version."""
+        raise _unavailable("listen_and_serve_tls")
+
+    def listen_and_serve_tls_embed(
+        self, address: str, *, cert_data: bytes, key_data: bytes
+    ) -> None:
+        """Has its place here; TLS is not available in this version."""
+        raise _unavailable("listen_and_serve_tls_embed")
+
+    def reload(self) -> None:
+        """Replace all workers, with the program's present code, one after the other.
+
+        Any thread of the master, and every callback. Returns at once; what goes wrong
+        is logged, and the old workers go on.
+        """
+        master = self._asked("reload")
+        if master is not None:
+            master.ask_reload()
+
+    def shutdown(self) -> None:
+        """Ask for an orderly stop; any thread of the master, and every callback.
+
+        Returns at once; listen_and_serve() returns when the workers are gone.
+        """
+        master = self._asked("shutdown")
+        if master is not None:
+            master.ask_stop()
+
+    def _asked(self, what: str) -> Master | None:
+        if worker.is_child():
+            raise RuntimeError(f"{what}() must be called in the master")
+        return self._master
+
+    def _validated(self) -> Config:
+        values = {name: getattr(self, name) for name in names(PREFORK)}
+        values["workers"] = self._workers
+        config = Config(**values)
+        if sys.platform == "win32" and not config.reuseport:
+            raise OnlyReuseportOnWindowsError("reuseport must be True on Windows")
+        if self.serve_func is None and not callable(
+            getattr(self.server, "serve", None)
+        ):
+            raise TypeError("Prefork needs a server with a serve(), or serve_func")
+        if config.spawn == "exec" and config.command_producer is None:
+            spawn.check_program()
+        return config
+
+    def _check_caller(self) -> None:
+        if worker.is_child():
+            raise RuntimeError("a worker cannot be a master: guard the call by a main")
+        if self._master is not None:
+            raise RuntimeError("this Prefork serves already")
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "listen_and_serve() handles signals: call it in the main thread"
+            )
+
+
+def _listed(address: str | Iterable[str]) -> tuple[str, ...]:
+    found = (address,) if isinstance(address, str) else tuple(address)
+    if not found:
+        raise ConfigError("address must be one address or several, not none")
+    return found
+
+
+def _unavailable(what: str) -> ConfigError:
+    return ConfigError(f"{what} is not available in this version")
+
+
+_made = itertools.count(1)  # the Preforks of this program
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """The options that can be written down: what a reload takes over or warns of."""
+    found = {name: getattr(config, name) for name in names(PREFORK)}
+    return {n: v for n, v in found.items() if not OPTIONS[n].keyword_only}
+
+
+# What a reload takes over; the rest is fixed by what the master has made of it.
+RELOADED = (
+    *("workers", "recover_threshold", "recover_window", "recover_interval"),
+    *("shutdown_grace_period", "log_level"),
+)
+
+
+class Master:
+    """One run, from bind to teardown; lives in the main thread.
+
+    Other threads may call ask_stop(), ask_reload() and ask_scale() only.
+    """
+
+    def __init__(self, work: worker.Work, config: Config, run_name: str) -> None:
+        self.work = work
+        self.config = config
+        self.run_name = run_name
+        self.logger = work.logger
+        self.state = State.STARTING
+        self.generation = 1
+        self.slots: list[Slot] = []
+        self.retired: list[Slot] = []  # given up; their workers drain
+        self.lives: dict[int, Life] = {}  # by pid: workers and templates
+        self.reports: dict[int, Life] = {}  # by the pipe's read end
+        self.listeners: list[Listener] = []
+        self.news: deque[tuple[int, int, int]] = deque()  # outlives what one raises
+        self.exits: deque[tuple[float, int | None]] = deque()
+        self.deadline: float | None = None  # of a stop
+        self.reap_at: float | None = None  # when strangers are reaped
+        self.reload: Reload | None = None
+        self.stop_asked = self.reload_asked = False
+        self.scale_asked: int | None = None
+        self._wake_lock = threading.RLock()
+
+    # ---- The run ----
+
+    def run(self, addresses: Sequence[str]) -> None:
+        with contextlib.ExitStack() as stack:
+            self._listen(addresses, stack)
+            self._open(stack)
+            stack.callback(self._tear_down)
+            self._start()
+            while self.state in RUNNING:
+                self._turn()
+
+    def _listen(self, addresses: Sequence[str], stack: contextlib.ExitStack) -> None:
+        """Bind, and make the slots; sockets that are left are closed in the end."""
+        count = self.config.worker_count
+        if self.config.command_producer is not None and self.config.reuseport:
+            for text in addresses:
+                listener = listeners.reserve(text, self.config)
+                stack.callback(listener.close)
+                self.listeners.append(listener)
+            self.slots = [Slot(index, []) for index in range(count)]
+            return
+        on_close = stack.callback
+        self.listeners = listeners.listen_all(addresses, self.config, count, on_close)
+        for index in range(count):
+            sockets = [listener.socket_of(index) for listener in self.listeners]
+            self.slots.append(self._open_slot(index, sockets))
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """Pipes, then signals; given back in reverse order."""
+        self.board = _core.Scoreboard(max(ROWS, 4 * len(self.slots)))
+        stack.callback(self.board.close)
+        self.lifeline, self.lifeline_end = self._pipe(stack, os.O_CLOEXEC)
+        self.wake, self.wake_end = self._pipe(stack, os.O_CLOEXEC | os.O_NONBLOCK)
+        stack.callback(self._stop_waking)
+        stack.enter_context(_awaitable_children())
+        numbers = [*SIGNALS]
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL:
+            numbers.append(signal.SIGCHLD)
+        stack.enter_context(_collected_signals(numbers, self.wake_end))
+        self.let_through = spawn.signals_to_let_through(numbers)
+        self.processes = _core.Processes(numbers)
+        stack.callback(self.processes.close)
+        self.processes.watch(self.wake)
+        self.source = self.first_source = self._first_source()
+        self.was_reaper = _core.is_reaper()
+        stack.callback(self._close_sources)
+        if isinstance(self.source, Forks):
+            stack.enter_context(_frozen_heap())
+
+    def _pipe(self, stack: contextlib.ExitStack, flags: int) -> tuple[int, int]:
+        ends = os.pipe2(flags)
+        for end in ends:
+            stack.callback(os.close, end)
+        return ends
+
+    def _first_source(self) -> Source:
+        """Where workers come from, until a reload."""
+        if self.config.command_producer is not None:
+            child = dataclasses.replace(self._child(), blocked=())
+            if self.config.reuseport:
+                child.address = self.listeners[0].text
+            produce = self.config.command_producer
+            return Producer(produce, child, self._letting_through)
+        if self.config.spawn == "exec":
+            return Programs(self._child())
+        return Forks(self.work, self._release)
+
+    def _child(self) -> worker.Inheritance:
+        """What is the same for all children that run the program again."""
+        return worker.Inheritance(
+            run=self.run_name, master=os.getpid(), blocked=self.let_through
+        )
+
+    def _start(self) -> None:
+        for slot in list(self.slots):
+            if self.stop_asked:
+                self._become(State.STOPPING)
+                return
+            slot.source = self.source
+            self._spawn(slot)
+
+    def _turn(self) -> None:
+        """Wait for one batch of news and deal with it."""
+        if not self.news:
+            self.news.extend(self.processes.wait(self._timeout()))
+        while self.news:
+            kind, number, status = self.news.popleft()
+            EVENTS[kind](self, number, status)
+        now = time.monotonic()
+        for life in list(self.lives.values()):
+            if life.kill_at is not None and life.kill_at <= now:
+                self._lose_patience(life)
+        if self.reap_at is not None and self.reap_at <= now:
+            self.reap_at = None
+            self.processes.reap_strangers()
+        for slot in list(self.slots):
+            if self.state in RUNNING and slot.due is not None and slot.due <= now:
+                self._recover(slot)
+        if self.state is State.STARTING and self._all_ready():
+            self._announce()
+        if self.state is State.SERVING:
+            self._do_as_asked()
+
+    def _timeout(self) -> float | None:
+        dues = [life.kill_at for life in self.lives.values()]
+        dues.append(self.reap_at)
+        if self.state in RUNNING:
+            dues += [slot.due for slot in self.slots]
+        elif self.state is State.STOPPING:
+            dues.append(self.deadline)
+        known = [due for due in dues if due is not None]
+        return max(0.0, min(known) - time.monotonic()) if known else None
+
+    def _become(self, state: State) -> None:
+        self.state = state
+
+    def _all_ready(self) -> bool:
+        return all(slot.state is WorkerState.READY for slot in self.slots)
+
+    def _announce(self) -> None:
+        self._become(State.SERVING)
+        pids = [slot.life.pid for slot in self.slots if slot.life is not None]
+        places = ", ".join(listener.text for listener in self.listeners)
+        self.logger.info(
+            "serving on %s with %d workers, master %d", places, len(pids), os.getpid()
+        )
+        if self.config.on_master_ready is not None:
+            with self._letting_through():
+                self.config.on_master_ready(pids)
+
+    @contextlib.contextmanager
+    def _letting_through(self) -> Any:
+        """While the user's code runs: what it starts must not have signals blocked.
+
+        What comes meanwhile, Python's handler writes to the wake pipe.
+        """
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.let_through)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self.let_through)
+
+    # ---- Slots: what outlives a worker, and who must know ----
+
+    def _open_slot(self, index: int, sockets: Sequence[Any]) -> Slot:
+        """The one place where a worker's resources by virtue of its place are made."""
+        if self.config.serve_func is not None:
+            for sock in sockets:
+                sock.setblocking(True)  # as strangers expect it
+        return Slot(index, sockets)
+
+    def _close_slot(self, slot: Slot) -> None:
+        """And the one where they are given back, before the run ends."""
+        for listener, sock in zip(self.listeners, slot.sockets, strict=False):
+            listener.close_slot(sock)
+
+    def _claimed(self, life: Life) -> None:
+        """A worker is born into its slot; it may not accept yet."""
+        self._fleet_changed()
+
+    def _retired(self, life: Life) -> None:
+        """A worker is gone from its slot, however it ended, and reaped."""
+        self.board.retire(life.row)
+        self._fleet_changed()
+
+    def _fleet_changed(self) -> None:
+        """Workers came, went or began to accept: somebody accepts for every slot.
+
+        With a socket for each slot, what waits at one without a worker, or whose worker
+        still boots, is accepted by another meanwhile.
+        """
+        if not self.config.reuseport or self.state is not State.SERVING:
+            return
+        ready = [slot.life for slot in self.slots if slot.state is WorkerState.READY]
+        able = [life for life in ready if life is not None and life.row >= 0]
+        for slot in self.slots:
+            if slot.state is WorkerState.READY:
+                self._release_queue(slot)
+            elif slot.adopter not in able:
+                self._adopt_queue(slot, able)
+
+    def _adopt_queue(self, slot: Slot, able: Sequence[Life]) -> None:
+        """The worker with the fewest connections accepts for this slot, too."""
+        held = {life.row: self.board.row(life.row) for life in able}
+        slot.adopter = min(
+            able,
+            key=lambda life: (held[life.row] or {}).get("connections", 0),
+            default=None,
+        )
+        if slot.adopter is None:
+            return
+        try:
+            for sock in slot.sockets:
+                self.board.adopt(slot.adopter.row, slot.index, sock.fileno())
+        except OSError:  # a stranger, or too busy: the slot's next worker comes soon
+            self._release_queue(slot)
+
+    def _release_queue(self, slot: Slot) -> None:
+        adopter, slot.adopter = slot.adopter, None
+        if adopter is not None and adopter.pid in self.lives:
+            with contextlib.suppress(OSError):
+                self.board.release(adopter.row, slot.index)
+
+    # ---- Starting a worker ----
+
+    def _spawn(self, slot: Slot) -> Life:
+        """Start, record, on_child_spawn."""
+        slot.due = None
+        life = self._start_life(slot, slot.source)
+        slot.life = life
+        self._tell_spawned(life)
+        return life
+
+    def spawn_successor(self, slot: Slot, source: Source) -> None:
+        """Start who is to take the place of this slot's worker when it accepts."""
+        life = self._start_life(slot, source)
+        slot.successor = life
+        self._tell_spawned(life)
+        if life.ready_at is not None:
+            self._promote(slot)
+
+    def _tell_spawned(self, life: Life) -> None:
+        assert life.slot is not None
+        self.logger.debug("worker %d started in slot %d", life.pid, life.slot.index)
+        self._claimed(life)
+        if self.config.on_child_spawn is not None:
+            with self._letting_through():
+                self.config.on_child_spawn(life.pid)
+
+    def _start_life(self, slot: Slot, source: Source) -> Life:
+        life = Life(slot, source, self.generation)
+        with self._reporting(life) as end, self._counting(life):
+            row, board = life.row, self.board
+            seat = Seat(slot.index, slot.sockets, end, self.lifeline, row, board)
+            self._adopt(life, source.start(seat))
+        if not source.reports:
+            life.ready_at = time.monotonic()
+        return life
+
+    @contextlib.contextmanager
+    def _counting(self, life: Life) -> Any:
+        """A row of the scoreboard, given back if it is not born."""
+        assert life.slot is not None
+        life.row = self.board.claim(life.slot.index, life.generation)
+        try:
+            yield
+        except BaseException:
+            self.board.retire(life.row)
+            raise
+
+    @contextlib.contextmanager
+    def _reporting(self, life: Life) -> Any:
+        """The write end of the pipe by which it reports, for as long as it is born."""
+        report, end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(report, False)
+        life.report = report
+        self.reports[report] = life
+        try:
+            self.processes.watch(report)
+            yield end
+        except BaseException:
+            if life.pid not in self.lives:
+                self._close_report(life)
+            raise
+        finally:
+            os.close(end)
+
+    def _adopt(self, life: Life, pid: int) -> None:
+        """From now on it is known by its pidfd; until then its pid is safe."""
+        try:
+            self.processes.adopt(pid)
+        except OSError:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise
+        life.pid = pid
+        self.lives[pid] = life
+
+    def _release(self, seat: Seat) -> Callable[[], None]:
+        """What a forked worker closes: all that is the master's or other workers'."""
+        socks = [sock for listener in self.listeners for sock in listener.sockets]
+        others = [sock for sock in socks if sock not in seat.sockets]
+        fds = [self.lifeline_end, self.wake, self.wake_end, *self.reports]
+        templates = [life.source for life in self.lives.values() if life.slot is None]
+
+        def release() -> None:
+            for sock in others:
+                sock.close()
+            for fd in fds:
+                os.close(fd)
+            for template in templates:
+                template.close()
+            self.processes.forget()
+
+        return release
+
+    # ---- News ----
+
+    def _on_signal(self, sender: int, number: int) -> None:
+        SIGNALS.get(number, Master._expect_strangers)(self, number)
+
+    def _stop_by(self, number: int) -> None:
+        """The first TERM or INT stops in order, a second one kills."""
+        name = signal.Signals(number).name
+        if self.state in RUNNING:
+            self.logger.info("%s: stopping", name)
+            self._become(State.STOPPING)
+        else:
+            self._kill_by(number)
+
+    def _kill_by(self, number: int) -> None:
+        self.logger.warning("%s: killing the workers", signal.Signals(number).name)
+        self._kill()
+
+    def _reload_by(self, number: int) -> None:
+        self.reload_asked = True
+
+    def _scale_by(self, number: int) -> None:
+        count = len(self.slots) if self.scale_asked is None else self.scale_asked
+        count += 1 if number == signal.SIGTTIN else -1
+        try:
+            self.scale_asked = OPTIONS["workers"].read("workers", count)
+        except ConfigError as error:
+            self.logger.warning("%s: %s", signal.Signals(number).name, error)
+
+    def _expect_strangers(self, number: int) -> None:
+        """SIGCHLD: children that nobody here has started, we reap in a while."""
+        if _core.is_reaper() and self.reap_at is None:
+            self.reap_at = time.monotonic() + STRANGERS_WAIT
+
+    def _on_readable(self, fd: int, _: int) -> None:
+        if fd == self.wake:
+            self._on_wake()
+            return
+        life = self.reports.get(fd)
+        if life is None:
+            return
+        if not life.hear():
+            self._close_report(life)
+        self._understand(life)
+
+    def _on_wake(self) -> None:
+        """Somebody asked for something, or a signal met a thread that has it not
+        blocked."""
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.wake, 512):
+                if number in SIGNALS or number == signal.SIGCHLD:
+                    self._on_signal(0, number)
+        if self.stop_asked and self.state in RUNNING:
+            self.logger.info("shutdown: stopping")
+            self._become(State.STOPPING)
+
+    def _understand(self, life: Life) -> None:
+        """Act on what a worker has said."""
+        if self.state not in RUNNING:
+            return
+        if life.ready_at is None and life.accepts:
+            life.ready_at = time.monotonic()
+            if life.slot is None:
+                if self.reload is not None:
+                    self.reload.on_template_ready(life)
+            elif life.slot.successor is life:
+                self._promote(life.slot)
+            self._fleet_changed()
+        if life.asked and not life.planned and life.slot is not None:
+            if life.slot.life is life:
+                self._relieve(life.slot)
+
+    def _on_exit(self, pid: int, status: int) -> None:
+        life = self.lives.pop(pid)
+        if life.report is not None:
+            life.hear()
+            self._close_report(life)
+        if life.ready_at is None and life.accepts:
+            life.ready_at = time.monotonic()
+        known = status != _core.STATUS_UNKNOWN
+        code = os.waitstatus_to_exitcode(status) if known else None
+        if isinstance(life.source, Producer):
+            life.source.reaped(pid, code)
+        if life.slot is None:
+            self._on_template_exit(life, code)
+        else:
+            self._on_worker_exit(life, life.slot, code)
+
+    def _on_worker_exit(self, life: Life, slot: Slot, code: int | None) -> None:
+        was_successor, was_worker = slot.successor is life, slot.life is life
+        if was_successor:
+            slot.successor = None
+        if was_worker:
+            slot.life, slot.previous = None, life.pid
+        self._retired(life)
+        if self.state not in RUNNING:
+            text = describe_status(code)
+            self.logger.debug("worker %d is gone: %s", life.pid, text)
+            return
+        if slot in self.retired:
+            self._close_if_empty(slot)
+        elif was_successor:
+            self._on_successor_exit(slot, life, code)
+        elif was_worker:
+            self._judge(slot, life, code)
+        if self.reload is not None:
+            self.reload.on_gone(life)
+
+    def _close_report(self, life: Life) -> None:
+        if life.report is None:
+            return
+        with contextlib.suppress(FileNotFoundError):  # not watched yet
+            self.processes.unwatch(life.report)
+        del self.reports[life.report]
+        os.close(life.report)
+        life.report = None
+
+    # ---- Recovery ----
+
+    def _judge(self, slot: Slot, life: Life, code: int | None) -> None:
+        """An exit that we did not ask for: replace the worker, or give up."""
+        if life.left_well(code):
+            self.logger.info("worker %d left; replacing it", life.pid)
+            self._replace(slot, 0.0)
+            return
+        cause = self._boot_error(life, code)
+        if cause is not None and self.state is State.STARTING:
+            raise cause
+        self._count(code, cause)
+        ended = f"worker {life.pid} ended: {describe_status(code)}"
+        what = str(cause) if cause else ended
+        self.logger.error("%s; recovering, %s", what, self._tally())
+        self._replace(slot, self.config.recover_interval)
+
+    def _boot_error(self, life: Life, code: int | None) -> WorkerBootError | None:
+        failure = life.boot_failure(code, f"it ended ({describe_status(code)})")
+        return WorkerBootError(life.pid, failure) if failure is not None else None
+
+    @property
+    def _threshold(self) -> int:
+        chosen = self.config.recover_threshold
+        return max(1, len(self.slots) // 2) if chosen is None else chosen
+
+    def _count(self, code: int | None, cause: WorkerBootError | None) -> None:
+        now, window = time.monotonic(), self.config.recover_window
+        while window is not None and self.exits and self.exits[0][0] <= now - window:
+            self.exits.popleft()
+        self.exits.append((now, code))
+        if len(self.exits) > self._threshold:
+            statuses = [status for _, status in self.exits]
+            raise OverRecoveryError(len(statuses), self._threshold, statuses) from cause
+
+    def _tally(self) -> str:
+        return f"{len(self.exits)} of {self._threshold}"
+
+    def _replace(self, slot: Slot, wait: float) -> None:
+        if slot.successor is not None:
+            self._notice(slot, slot.successor)  # it is on its way already
+        elif wait > 0:
+            slot.due = time.monotonic() + wait
+        else:
+            self._recover(slot)
+
+    def _recover(self, slot: Slot) -> None:
+        """Spawn, on_child_spawn, on_child_recover."""
+        try:
+            life = self._spawn(slot)
+        except ReloadError as error:
+            self.logger.error("%s; going on with the program as it was started", error)
+            slot.source = self.source = self.first_source
+            self.reload_asked = True
+            life = self._spawn(slot)
+        self._notice(slot, life)
+
+    def _notice(self, slot: Slot, life: Life) -> None:
+        old, notice = slot.previous, self.config.on_child_recover
+        if notice is None or old is None:
+            return
+        try:
+            with self._letting_through():
+                notice(old, life.pid)
+        except Exception:
+            self.logger.exception("on_child_recover(%d, %d) raised", old, life.pid)
+
+    # ---- Planned changes of workers ----
+
+    def _relieve(self, slot: Slot) -> None:
+        """Somebody told this worker to leave: while it drains, another one accepts."""
+        life = slot.life
+        assert life is not None
+        self.logger.info("worker %d leaves; replacing it", life.pid)
+        slot.life, slot.previous = None, life.pid
+        life.planned = True
+        life.kill_at = time.monotonic() + self.config.shutdown_grace_period
+        self._replace(slot, 0.0)
+
+    def _promote(self, slot: Slot) -> None:
+        """The successor accepts: the slot is its own, who was there may leave."""
+        old, life = slot.life, slot.successor
+        assert life is not None
+        slot.life, slot.successor, slot.source = life, None, life.source
+        if old is not None:
+            self._dismiss(old)
+        if self.reload is not None:
+            self.reload.on_accept(slot, old)
+
+    def _dismiss(self, life: Life) -> None:
+        """Tell a worker to leave, and give it the time to finish."""
+        life.planned = True
+        life.kill_at = time.monotonic() + self.config.shutdown_grace_period
+        with contextlib.suppress(ProcessLookupError):
+            self.processes.kill(life.pid, signal.SIGTERM)
+
+    def _lose_patience(self, life: Life) -> None:
+        life.kill_at = None
+        self.logger.warning("worker %d does not leave: killing it", life.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self.processes.kill(life.pid, signal.SIGKILL)
+
+    def _do_as_asked(self) -> None:
+        """Scale and reload, when somebody has asked for it."""
+        if self.scale_asked is not None:
+            count, self.scale_asked = self.scale_asked, None
+            self._scale(count)
+        if self.reload_asked:
+            self.reload_asked = False
+            if self.reload is not None:
+                self.reload.again = True
+                return
+            self.logger.info("reloading")
+            self.reload = Reload(self)
+            self.reload.begin()
+        if self.reload is not None and self.reload.over:
+            self.reload = None
+            self._close_templates()
+
+    # ---- Scaling ----
+
+    def _scale(self, count: int) -> None:
+        if count != len(self.slots):
+            self.logger.info("scaling from %d to %d workers", len(self.slots), count)
+        while len(self.slots) < count and self.state in RUNNING:
+            self._add_slot()
+        while len(self.slots) > count:
+            self._give_up(self.slots.pop())
+
+    def _add_slot(self) -> None:
+        producing = not self.slots[0].sockets if self.slots else False
+        sockets = [] if producing else [each.open_slot() for each in self.listeners]
+        slot = self._open_slot(len(self.slots), sockets)
+        slot.source = self.source
+        self.slots.append(slot)
+        if self.reload is not None:
+            self.reload.on_slot_opened(slot)
+        self._recover(slot)
+
+    def _give_up(self, slot: Slot) -> None:
+        """Its worker drains; with a socket of its own, others get what would come."""
+        for listener, sock in zip(self.listeners, slot.sockets, strict=False):
+            listener.avoid(sock)
+        slot.due = None
+        self._release_queue(slot)
+        self.retired.append(slot)
+        for life in (slot.life, slot.successor):
+            if life is not None:
+                self._dismiss(life)
+        if self.reload is not None:
+            self.reload.on_slot_closed(slot)
+        self._close_if_empty(slot)
+
+    def _close_if_empty(self, slot: Slot) -> None:
+        if not any(life.slot is slot for life in self.lives.values()):
+            self.retired.remove(slot)
+            self._close_slot(slot)
+
+    # ---- Reload: what it asks of us ----
+
+    def launch_template(self) -> Life | None:
+        """Run the program again, as the template of forked workers, if they are."""
+        if not isinstance(self.first_source, Forks):
+            return None
+        spawn.check_program()
+        _core.set_reaper(True)
+        template = Template()
+        life = Life(None, template, self.generation)
+        with self._reporting(life) as end:
+            pid = template.launch(self._child(), end, self.lifeline, self.board)
+            self._adopt(life, pid)
+        return life
+
+    def reloaded(self, options: str) -> None:
+        """All workers are new; take over what the program says of its options now."""
+        count = len(self.slots)
+        self.logger.info("reloaded %d workers, generation %d", count, self.generation)
+        if options:
+            self._take_over(json.loads(options))
+
+    def _take_over(self, options: dict[str, Any]) -> None:
+        old, new = json.loads(json.dumps(_plain(self.config))), {}
+        for name, value in options.items():
+            if value == old.get(name):
+                continue
+            if name in RELOADED:
+                new[name] = value
+            else:
+                self.logger.warning("%s needs a restart to change", name)
+        self.config = dataclasses.replace(self.config, **new)
+        if "workers" in new:
+            self.scale_asked = self.config.worker_count
+        if "log_level" in new and self.config.logger is None:
+            self.logger.setLevel(self.config.log_level.upper())
+
+    def reload_failed(self, reason: str) -> None:
+        self.logger.error("reload failed, the workers stay as they are: %s", reason)
+
+    def _on_template_exit(self, life: Life, code: int | None) -> None:
+        life.source.close()
+        if self.state not in RUNNING or life.planned:
+            return
+        ended = f"the program ended ({describe_status(code)})"
+        if life.ready_at is not None:
+            self.logger.error("%s that forks workers; reloading", ended)
+            self.reload_asked = True
+        elif self.reload is not None:
+            reason = life.failure or f"{ended} before it came to listen_and_serve()"
+            self.reload.on_template_end(life, reason)
+
+    def _on_successor_exit(self, slot: Slot, life: Life, code: int | None) -> None:
+        reason = str(self._boot_error(life, code) or "")
+        reason = reason or f"worker {life.pid} ended: {describe_status(code)}"
+        if slot.life is None:
+            self._replace(slot, 0.0)
+        if self.reload is not None:
+            self.reload.on_failure(slot, reason)
+
+    def _close_templates(self) -> None:
+        """End the templates of which no worker will be ordered any more."""
+        used = {id(self.source), *(id(slot.source) for slot in self.slots)}
+        for life in self.lives.values():
+            if life.slot is None and id(life.source) not in used:
+                life.planned = True
+                life.source.close()
+
+    # ---- Stop ----
+
+    def ask_stop(self) -> None:
+        """Any thread, any signal handler of the master."""
+        self.stop_asked = True
+        self._wake_up()
+
+    def ask_reload(self) -> None:
+        """Any thread, any signal handler of the master."""
+        self.reload_asked = True
+        self._wake_up()
+
+    def ask_scale(self, count: int) -> None:
+        """Any thread, any signal handler of the master."""
+        self.scale_asked = count
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        with self._wake_lock, contextlib.suppress(BlockingIOError):
+            if self.wake_end >= 0:
+                os.write(self.wake_end, WAKE)
+
+    wake_end = -1
+
+    def _stop_waking(self) -> None:
+        with self._wake_lock:
+            self.wake_end = -1
+
+    def _tear_down(self) -> None:
+        """End every worker, whatever brought us here; no process is left behind."""
+        try:
+            self._drain()
+        except BaseException:
+            self._kill()
+            while self.lives:
+                self._turn()
+            raise
+
+    def _drain(self) -> None:
+        if self.state in RUNNING:
+            self._become(State.STOPPING)
+        for listener in self.listeners:
+            with contextlib.suppress(OSError):  # then some connections may be lost
+                listener.quiesce()
+        for life in self.lives.values():
+            life.kill_at = None
+            if life.slot is None:
+                life.source.close()
+        self._tell(signal.SIGTERM)
+        self.deadline = time.monotonic() + self.config.shutdown_grace_period
+        while self.lives:
+            if self.state is State.STOPPING and time.monotonic() >= self.deadline:
+                count = len(self.lives)
+                self.logger.warning("grace period over, killing %d workers", count)
+                self._kill()
+            self._turn()
+        self.logger.info("stopped")
+
+    def _kill(self) -> None:
+        self._become(State.KILLING)
+        self._tell(signal.SIGKILL)
+
+    def _tell(self, number: signal.Signals) -> None:
+        for pid in self.lives:
+            with contextlib.suppress(ProcessLookupError):
+                self.processes.kill(pid, number)
+
+    def _close_sources(self) -> None:
+        """After the last worker: what sources hold, and what nobody has reaped."""
+        self.first_source.close()
+        if self.reap_at is not None:
+            self.processes.reap_strangers()
+        if not self.was_reaper:
+            _core.set_reaper(False)
+
+
+SIGNALS: dict[int, Callable[[Master, int], None]] = {
+    signal.SIGTERM: Master._stop_by,
+    signal.SIGINT: Master._stop_by,
+    signal.SIGQUIT: Master._kill_by,
+    signal.SIGHUP: Master._reload_by,
+    signal.SIGTTIN: Master._scale_by,
+    signal.SIGTTOU: Master._scale_by,
+}
+
+EVENTS: dict[int, Callable[[Master, int, int], None]] = {
+    _core.EXITED: Master._on_exit,
+    _core.SIGNALLED: Master._on_signal,
+    _core.READABLE: Master._on_readable,
+}
+
+
+@contextlib.contextmanager
+def _collected_signals(numbers: Iterable[int], wake_end: int) -> Any:
+    """Handlers for signals that meet another thread than ours, which blocks them.
+
+    A signal to the process goes to any thread that does not block it, and by default
+    would end us there, or (SIGCHLD) be lost. Python's handler writes its number to the
+    wake pipe; we read it from there. What was set before is restored.
+    """
+    old_fd = signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+    old = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, worker.ignore)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old.items():
+            if handler is not None:  # None: not installed by Python
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _awaitable_children() -> Any:
+    """Have ended children wait for us, where SIGCHLD is ignored and they would not."""
+    if signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Any:
+    """Keep the collector off what was made before the forks: it stays shared."""
+    frozen_before = gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:
+            gc.unfreeze()

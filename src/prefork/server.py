@@ -1,0 +1,240 @@
+"""Server: an app and its limits, served by one process.
+
+`Server(app).listen_and_serve(":8080")` serves here and now; `Prefork(server)` has many
+processes do so. Whoever calls serve() runs the loop: it returns when the server was
+asked to stop (SIGTERM, SIGINT, shutdown()) and has drained.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from prefork import _core, listeners, log
+from prefork.config import SERVER, Config
+from prefork.errors import ConfigError
+from prefork.native import Desk, Hooks, desk_for
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CONTENT_TYPE = "text/plain; charset=utf-8"  # of answers that name none
+UNLIMITED = 2**63 - 1
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000)) if seconds > 0 else 0
+
+
+def loop_options(config: Config) -> dict[str, Any]:
+    """What the C loop is told; its names are those of prefork.h."""
+    hooks = config.header_received is not None
+    return {
+        "max_connections": config.concurrency,
+        "max_connections_per_ip": config.max_conns_per_ip,
+        "max_requests": config.max_requests_per_conn,
+        "header_timeout_ms": _ms(config.header_timeout),
+        "read_timeout_ms": _ms(config.read_timeout),
+        "write_timeout_ms": _ms(config.write_timeout),
+        "idle_timeout_ms": _ms(config.idle_timeout),
+        "linger_timeout_ms": _ms(config.linger_timeout),
+        "drain_idle_ms": _ms(config.drain_idle),
+        "min_body_rate": config.min_body_rate,
+        "read_buffer_size": config.read_buffer_size,
+        "max_target_size": config.max_target_size,
+        "max_field_size": config.max_field_size,
+        "max_header_size": config.max_header_size,
+        "max_fields": config.max_fields,
+        # The hook may allow a request more: then the desk sets the limit of each.
+        "max_body_size": UNLIMITED if hooks else config.max_request_body_size,
+        "server": "" if config.no_default_server_header else config.name,
+        "content_type": "" if config.no_default_content_type else CONTENT_TYPE,
+        "lend_heads": hooks or config.stream_request_body,
+        "lend_refused": config.error_handler is not None,
+        "notices": config.conn_state is not None or config.log_all_errors,
+        "no_date": config.no_default_date,
+        "no_keep_alive": config.disable_keepalive,
+        "get_only": config.get_only,
+        "tcp_keepalive": config.tcp_keepalive,
+        "keep_on_drain": not config.close_on_shutdown,
+    }
+
+
+class Server:
+    """An app and the options that it is served with.
+
+    app is a native handler: `def handler(request)` or `async def handler(request)`.
+    The options are those of `prefork.config.Config` but for the workers'; a wrong one
+    raises ConfigError. Nothing is opened before it serves.
+    """
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        if not callable(app):
+            raise ConfigError(f"app must be callable, not {app!r}")
+        self.app = app
+        self.config = Config.load(options, SERVER)
+        self.address: Any = None
+        self._desk: Desk | None = None
+        self._own: list[listeners.Listener] = []
+        self._on_drain: Callable[[], object] | None = None
+        self._seat: tuple[_core.Scoreboard, int] | None = None
+        self._draining = self._once = False
+        self._lock = threading.Lock()
+
+    def listen_and_serve(
+        self,
+        addr: str | Iterable[str] | None = None,
+        *,
+        on_ready: Callable[[Server], object] | None = None,
+    ) -> None:
+        """Listen on these addresses (default: bind=) and serve in this process.
+
+        on_ready(server) is called once it accepts; `server.address` is then what the
+        first socket is bound to. Raises ConfigError or OSError before it serves.
+        """
+        if addr is None:
+            addr = self.config.bind
+        texts = [addr] if isinstance(addr, str) else list(addr)
+        ready = (lambda: on_ready(self)) if on_ready is not None else None
+        with ExitStack() as stack:
+            made = listeners.listen_all(texts, self.config, 1, stack.callback)
+            sockets = [listener.socket_of(0) for listener in made]
+            self._serve(sockets, ready, None, None, made)
+
+    def serve(
+        self,
+        sockets: list[socket.socket],
+        *,
+        on_ready: Callable[[], object] | None = None,
+        on_drain: Callable[[], object] | None = None,
+        lifeline: int | None = None,
+        on_master_death: Callable[[], object] | None = None,
+    ) -> None:
+        """Serve listening sockets, which stay the caller's, until drained.
+
+        In the main thread SIGTERM and SIGINT drain and are given back afterwards;
+        on_drain() is called in the loop's thread when it begins to. When
+        lifeline becomes readable, on_master_death() is called in the loop's thread;
+        by default the server drains.
+        """
+        self._on_drain = on_drain
+        self._serve(sockets, on_ready, lifeline, on_master_death, [])
+
+    def take_seat(self, board: _core.Scoreboard, row: int) -> None:
+        """Count in this row of a scoreboard, and share connections with the others.
+
+        In a worker, before serve().
+        """
+        self._seat = (board, row)
+
+    def shutdown(self) -> None:
+        """Drain, then let serve() return. Any thread; may be repeated."""
+        with self._lock:
+            if self._desk is not None:
+                self._desk.core.call(self._drain, self._desk, self._own)
+
+    def _serve(
+        self,
+        sockets: list[socket.socket],
+        on_ready: Callable[[], object] | None,
+        lifeline: int | None,
+        on_master_death: Callable[[], object] | None,
+        own: list[listeners.Listener],
+    ) -> None:
+        core = _core.Loop(**loop_options(self.config))
+        if self._seat is not None:
+            core.attach(*self._seat)
+        desk = self._open_desk(core)
+        self._own, self._draining, self._once = own, False, lifeline is not None
+        try:
+            self.address = sockets[0].getsockname()
+            with self._signals(desk, own):
+                for sock in sockets:
+                    core.listen(sock.fileno())
+                if lifeline is not None:
+                    self._watch_master(desk, lifeline, on_master_death)
+                if on_ready is not None:
+                    on_ready()
+                desk.run()
+        finally:
+            with self._lock:
+                self._desk = None
+            core.flush()  # answers that are queued when a handler ends the server
+            core.shut()
+            desk.close()
+
+    def _open_desk(self, core: _core.Loop) -> Desk:
+        config = self.config
+        hooks = Hooks(
+            config.header_received,
+            config.continue_handler,
+            config.expect_handler,
+            config.error_handler,
+            config.conn_state,
+            config.stream_request_body,
+            config.log_all_errors,
+            config.max_request_body_size,
+        )
+        logger = log.error_logger(config.logger, config.log_level)
+        desk = desk_for(self.app, core, hooks, logger)
+        with self._lock:
+            if self._desk is not None:
+                core.shut()
+                raise RuntimeError("this Server serves already")
+            self._desk = desk
+        return desk
+
+    def _drain(self, desk: Desk, own: list[listeners.Listener]) -> None:
+        """Stop accepting and finish; in the loop's thread.
+
+        A worker does so once: who stops a whole group tells it, and so does its master.
+        """
+        if self._draining and self._once:
+            return
+        self._draining = True
+        on_drain, self._on_drain = self._on_drain, None
+        if on_drain is not None:
+            on_drain()
+        for listener in own:
+            listener.quiesce()
+        desk.core.drain()
+
+    def _watch_master(
+        self, desk: Desk, lifeline: int, on_master_death: Callable[[], object] | None
+    ) -> None:
+        def on_readable() -> None:
+            desk.unwatch(lifeline)
+            if on_master_death is not None:
+                on_master_death()
+            else:
+                self._drain(desk, [])
+
+        desk.watch(lifeline, on_readable)
+
+    @contextmanager
+    def _signals(self, desk: Desk, own: list[listeners.Listener]) -> Iterator[None]:
+        """SIGTERM and SIGINT drain, a second one closes idle connections at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {}
+
+        def on_signal(_: int, frame: object) -> None:
+            desk.core.call(self._drain, desk, own)
+
+        for number in STOP_SIGNALS:
+            if number == signal.SIGINT and signal.getsignal(number) not in (
+                signal.default_int_handler,
+                signal.SIG_DFL,
+            ):
+                continue  # a worker's master answers Ctrl-C
+            before[number] = signal.signal(number, on_signal)
+        wakeup = signal.set_wakeup_fd(desk.core.wake_fileno, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for stopped, handler in before.items():
+                signal.signal(stopped, handler)
