@@ -1,0 +1,272 @@
+"""Measure servers beside the physical limit, in interleaved rounds.
+
+    python benchmarks/run.py --setup-peers
+    python benchmarks/run.py --rounds 5 --seconds 5 --out benchmarks/RESULTS.md
+
+Timings drift from minute to minute, ratios hardly do: in every round each server is
+started afresh and measured once, in an order of its own, and compared with the limit of
+that round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import cpu
+import load
+import profiler
+import servers
+import table
+
+DEFAULT_SERVERS = (
+    "limit,core,prefork,nginx,fastpysgi-wsgi,bjoern,granian-wsgi,granian-asgi,"
+    "granian-rsgi,uvicorn,gunicorn"
+)
+DEFAULT_SCENARIOS = "ka64,ka512,pipe16,close,idle10k"
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    try:
+        if options.setup_peers:
+            servers.setup_peers(options.python, options.peers)
+            return 0
+        return bench(options)
+    except (load.LoadError, servers.Unavailable, profiler.ProfileError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rounds", type=int, default=3)
+    add("--seconds", type=int, default=3, help="for which wrk loads a server")
+    add(
+        "--servers",
+        type=names(servers.SERVERS),
+        default=DEFAULT_SERVERS,
+        help=f"of {', '.join(servers.SERVERS)}",
+    )
+    add(
+        "--scenarios",
+        type=names(load.SCENARIOS),
+        default=DEFAULT_SCENARIOS,
+        help=f"of {', '.join(load.SCENARIOS)}",
+    )
+    add(
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        help="the interpreter that has prefork",
+    )
+    add(
+        "--peers",
+        type=Path,
+        default=servers.BUILD / "peers",
+        help="the virtual environment that has the peers",
+    )
+    add("--setup-peers", action="store_true", help="install them there, and stop")
+    add("--profile", action="store_true", help="run perf on each, measure nothing")
+    add("--out", type=Path, help="write the tables to this file")
+    options = parser.parse_args(args)
+    if options.rounds < 1 or options.seconds < 1:
+        parser.error("--rounds and --seconds must be at least 1")
+    return options
+
+
+def names(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Reads a list of them, separated by commas."""
+
+    def read(text: str) -> list[str]:
+        wanted = [name.strip() for name in text.split(",")]
+        for name in wanted:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is not one of {', '.join(known)}"
+                )
+        return wanted
+
+    return read
+
+
+# ---- Rounds ------------------------------------------------------------------------
+
+
+def bench(options: argparse.Namespace) -> int:
+    load.wrk()
+    if options.profile:
+        profiler.check()
+    available = find(options)
+    samples: table.Samples = {
+        name: {server: [] for server in available} for name in options.scenarios
+    }
+    for number in range(1 if options.profile else options.rounds):
+        for name in options.scenarios:
+            for server in random.sample(available, len(available)):
+                samples[name][server].append(attempt(options, name, server, number))
+    if not options.profile:
+        publish(options, samples, available)
+    return 0
+
+
+def find(options: argparse.Namespace) -> list[str]:
+    """The servers that can be run here; of the others, why not."""
+    available = []
+    scenario = load.SCENARIOS[options.scenarios[0]]
+    for name in options.servers:
+        with tempfile.TemporaryDirectory() as scratch:
+            site = site_of(options, Path(scratch), scenario)
+            try:
+                servers.SERVERS[name].command(site)
+            except servers.Unavailable as error:
+                say(f"without {name}: {error}")
+            else:
+                available.append(name)
+    return available
+
+
+def site_of(
+    options: argparse.Namespace, scratch: Path, scenario: load.Scenario
+) -> servers.Site:
+    # Not resolved: a virtual environment's python is a link.
+    return servers.Site(
+        Path(os.path.abspath(options.python)),
+        Path(os.path.abspath(options.peers)),
+        scratch,
+        servers.free_port(),
+        scenario,
+    )
+
+
+def attempt(
+    options: argparse.Namespace, name: str, server: str, number: int
+) -> load.Sample | None:
+    """One server under one load; a failure is told and leaves a gap."""
+    try:
+        sample = measure(options, name, server)
+    except (servers.ServerError, load.LoadError) as error:
+        say(f"{number + 1} {name:8} {server:16} {error}")
+        return None
+    if sample:
+        say(
+            f"{number + 1} {name:8} {server:16} {sample.cpu_us:9.2f} µs/request"
+            f" {sample.rate:11,.0f}/s  foreign {sample.usage.foreign:.2f}"
+            + (f"  errors {sample.errors}" if sample.errors else "")
+        )
+    return sample
+
+
+def measure(options: argparse.Namespace, name: str, server: str) -> load.Sample | None:
+    """Start it, load it, stop it; with --profile, print what perf saw instead."""
+    scenario = load.SCENARIOS[name]
+    server_core, load_core = cpu.cores()
+    if scenario.run is load.run_idle:
+        load.raise_limit(scenario.connections)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        site = site_of(options, scratch, scenario)
+        with servers.running(servers.SERVERS[server], site, server_core) as up:
+            target = load.Target(up.pids, up.port, options.seconds, load_core)
+            if options.profile:
+                say(f"\n{server}, {name}:")
+                say(profiler.profile(scenario, target, scratch))
+                return None
+            return scenario.run(scenario, target)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---- The document ------------------------------------------------------------------
+
+
+def publish(
+    options: argparse.Namespace, samples: table.Samples, available: list[str]
+) -> None:
+    text = table.document(facts(options, available), samples)
+    if options.out:
+        options.out.write_text(text)
+    print(text, end="")
+
+
+def facts(options: argparse.Namespace, available: list[str]) -> list[tuple[str, str]]:
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    system = f"{platform.system()} {platform.release()}"
+    arguments = [shown(argument) for argument in sys.argv[1:]]
+    return [
+        ("machine", f"{cpu.model()}, {os.cpu_count()} CPUs, {system}"),
+        ("Python", output(str(options.python), "-c", VERSION)),
+        ("commit", commit()),
+        ("peers", peer_versions(options, available)),
+        ("date", str(today)),
+        ("command", f"`{shlex.join(['python', 'benchmarks/run.py', *arguments])}`"),
+    ]
+
+
+VERSION = "import platform as p; print(p.python_implementation(), p.python_version())"
+
+
+def shown(argument: str) -> str:
+    """An argument without the directories of this machine."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    try:
+        return str(path.relative_to(servers.ROOT))
+    except ValueError:
+        return path.name
+
+
+def commit() -> str:
+    text = output("git", "-C", str(servers.ROOT), "describe", "--always", "--dirty")
+    return text or "none yet"
+
+
+VERSIONS = """
+import importlib.metadata as metadata, sys
+for name in sys.argv[1:]:
+    try: print(name, metadata.version(name))
+    except metadata.PackageNotFoundError: pass
+"""
+
+
+def peer_versions(options: argparse.Namespace, available: list[str]) -> str:
+    packages = {name.partition("-")[0] for name in available}
+    if "uvicorn" in packages:
+        packages |= {"uvloop", "httptools"}
+    python = options.peers / "bin" / "python"
+    lines = output(str(python), "-c", VERSIONS, *sorted(packages)).splitlines()
+    if "nginx" in packages:
+        lines.append(output("nginx", "-v").partition(": ")[2].replace("/", " "))
+    lines.append(" ".join(output(load.wrk(), "-v").split()[:2]))
+    return ", ".join(lines)
+
+
+def output(*command: str) -> str:
+    """What a command prints; nothing if it fails (wrk does, after its version)."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    except FileNotFoundError:
+        return ""
+    failed = done.returncode and "wrk" not in command[0]
+    return "" if failed else done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""The servers: how each is started, found to be ready, and stopped.
+
+Every one runs as it would in production with one worker: its fastest documented set-up,
+no access log, keep-alive without a limit of requests where it has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import cpu
+import load
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+APPS = HERE / "apps"
+BUILD = ROOT / "build" / "benchmarks"
+READY_SECONDS = 30.0
+STOP_SECONDS = 5.0
+PROBE = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+class Unavailable(Exception):
+    """A server cannot be run here: why, and the remedy."""
+
+
+class ServerError(Exception):
+    """A server did not start or did not answer as it should."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a server's command line is made from."""
+
+    python: Path  # the interpreter that has prefork
+    peers: Path  # the virtual environment that has the peers
+    scratch: Path  # a directory for this run
+    port: int
+    scenario: load.Scenario
+
+    @property
+    def app(self) -> str:
+        return self.scenario.answer
+
+    def peer(self, program: str) -> str:
+        path = self.peers / "bin" / program
+        if not path.exists():
+            raise Unavailable(f"{program} is not installed: run.py --setup-peers")
+        return str(path)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is up: where, and all of its processes."""
+
+    port: int
+    pids: list[int]
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    command: Callable[[Site], list[str]]
+    prints_port: bool = False  # it takes a free port itself and prints it
+
+
+# ---- Command lines -----------------------------------------------------------------
+
+
+def limit(site: Site) -> list[str]:
+    command = [program("limit")]
+    if site.scenario.close:
+        command.append("--close")
+    if site.app == "big":
+        command.append(f"--body={1 << 20}")
+    return command
+
+
+def limit_without_defer(site: Site) -> list[str]:
+    return [*limit(site), "--no-defer-accept"]
+
+
+def core(site: Site) -> list[str]:
+    command = [program("core", *sorted((ROOT / "csrc").glob("*.c")))]
+    return [*command, f"--body={1 << 20}"] if site.app == "big" else command
+
+
+def prefork(module: str) -> Callable[[Site], list[str]]:
+    def command(site: Site) -> list[str]:
+        path = site.python.parent / "prefork"
+        if not path.exists():
+            raise Unavailable(f"prefork is not installed for {site.python.name}")
+        app = f"{module}:{site.app}"
+        return [str(path), app, "--bind", f"127.0.0.1:{site.port}", "--workers", "1"]
+
+    return command
+
+
+def nginx(site: Site) -> list[str]:
+    path = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if path is None:
+        raise Unavailable("nginx is not here: apt-get install nginx-light")
+    site.scratch.chmod(0o755)
+    (site.scratch / "big").write_bytes(b"x" * (1 << 20))
+    config = site.scratch / "nginx.conf"
+    config.write_text(NGINX.format(site=site, location=NGINX_LOCATIONS[site.app]))
+    return [path, "-p", str(site.scratch), "-c", str(config), "-e", "stderr"]
+
+
+NGINX_LOCATIONS = {
+    "app": "return 200 'Hello, World!';",
+    "big": "try_files /big =404;",
+}
+
+NGINX = """
+daemon off;
+worker_processes 1;
+worker_rlimit_nofile 20000;
+pid {site.scratch}/nginx.pid;
+error_log stderr crit;
+events {{ worker_connections 16384; multi_accept on; }}
+http {{
+    access_log off;
+    default_type "text/plain; charset=utf-8";
+    keepalive_requests 1000000000;
+    sendfile on;
+    tcp_nopush on;
+    client_body_temp_path {site.scratch};
+    proxy_temp_path {site.scratch};
+    fastcgi_temp_path {site.scratch};
+    uwsgi_temp_path {site.scratch};
+    scgi_temp_path {site.scratch};
+    server {{
+        listen 127.0.0.1:{site.port} backlog=4096;
+        root {site.scratch};
+        location / {{ {location} }}
+    }}
+}}
+"""
+
+
+def uvicorn(site: Site) -> list[str]:
+    return [
+        *(site.peer("uvicorn"), f"asgi:{site.app}", "--port", str(site.port)),
+        *("--loop", "uvloop", "--http", "httptools", "--workers", "1"),
+        *("--log-level", "error", "--no-access-log"),
+        *("--timeout-keep-alive", "75", "--backlog", "4096"),
+    ]
+
+
+def granian(interface: str) -> Callable[[Site], list[str]]:
+    def command(site: Site) -> list[str]:
+        return [
+            *(site.peer("granian"), f"{interface}:{site.app}"),
+            *("--interface", interface, "--port", str(site.port), "--workers", "1"),
+            *("--log-level", "error", "--no-access-log", "--backlog", "16384"),
+        ]
+
+    return command
+
+
+def gunicorn_gthread(site: Site) -> list[str]:
+    return [
+        *(site.peer("gunicorn"), f"wsgi:{site.app}", "-b", f"127.0.0.1:{site.port}"),
+        *("-k", "gthread", "--workers", "1", "--threads", "8"),
+        *("--worker-connections", "16384", "--keep-alive", "75", "--backlog", "4096"),
+        *("--log-level", "error"),
+    ]
+
+
+def fastpysgi(module: str) -> Callable[[Site], list[str]]:
+    def command(site: Site) -> list[str]:
+        return _script(
+            site,
+            "fastpysgi",
+            f"from {module} import {site.app} as app\n"
+            f"fastpysgi.run(app, host='127.0.0.1', port={site.port}, workers=1)",
+        )
+
+    return command
+
+
+def bjoern(site: Site) -> list[str]:
+    return _script(
+        site,
+        "bjoern",
+        f"from wsgi import {site.app} as app\n"
+        f"bjoern.run(app, '127.0.0.1', {site.port}, listen_backlog=4096)",
+    )
+
+
+def _script(site: Site, package: str, code: str) -> list[str]:
+    python = site.peer("python")
+    if subprocess.run(
+        [python, "-c", f"import {package}"], stderr=subprocess.DEVNULL
+    ).returncode:
+        raise Unavailable(f"{package} is not installed: run.py --setup-peers")
+    return [python, "-c", f"import {package}\n{code}"]
+
+
+_ALL = (
+    Server("limit", limit, prints_port=True),
+    Server("limit-nodefer", limit_without_defer, prints_port=True),
+    Server("core", core, prints_port=True),
+    Server("prefork", prefork("hello")),
+    Server("prefork-wsgi", prefork("wsgi")),
+    Server("prefork-asgi", prefork("asgi")),
+    Server("nginx", nginx),
+    Server("uvicorn", uvicorn),
+    Server("granian-wsgi", granian("wsgi")),
+    Server("granian-asgi", granian("asgi")),
+    Server("granian-rsgi", granian("rsgi")),
+    Server("gunicorn", gunicorn_gthread),
+    Server("fastpysgi-wsgi", fastpysgi("wsgi")),
+    Server("fastpysgi-asgi", fastpysgi("asgi")),
+    Server("bjoern", bjoern),
+)
+
+SERVERS = {server.name: server for server in _ALL}
+
+
+# ---- Building and installing -------------------------------------------------------
+
+
+def program(name: str, *sources: Path) -> str:
+    """A C program of this directory, compiled anew if it is older than its sources."""
+    out = BUILD / name
+    files = [HERE / f"{name}.c", *sources]
+    headers = (ROOT / "csrc").glob("*.h")
+    if out.exists() and _newest(*files, *headers) < out.stat().st_mtime:
+        return str(out)
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise Unavailable(f"{name} needs a C compiler: apt-get install gcc")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    options = ["-std=c11", "-O3", "-DNDEBUG", "-D_GNU_SOURCE=", "-pthread"]
+    command = [compiler, *options, f"-I{ROOT / 'csrc'}", "-o", str(out)]
+    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"{name} does not compile: {done.stderr.strip()[:400]}")
+    return str(out)
+
+
+def _newest(*files: Path) -> float:
+    return max(file.stat().st_mtime for file in files)
+
+
+def setup_peers(python: Path, peers: Path) -> None:
+    """Install the peers into a virtual environment of their own, line by line."""
+    if not (peers / "bin" / "pip").exists():
+        if subprocess.run([str(python), "-m", "venv", str(peers)]).returncode:
+            raise Unavailable(
+                f"{python.name} makes no venv: apt-get install python3-venv"
+            )
+    pip = [str(peers / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    for line in (HERE / "peers.txt").read_text().splitlines():
+        wanted = line.partition("#")[0].split()
+        if not wanted:
+            continue
+        done = subprocess.run([*pip, *wanted], stderr=subprocess.DEVNULL)
+        if done.returncode:
+            print(f"left out: {' '.join(wanted)}", file=sys.stderr)
+
+
+# ---- Running -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(server: Server, site: Site, core: int) -> Iterator[Running]:
+    """The server on one core, from its first answer on."""
+    command = server.command(site)
+    with open(site.scratch / "stderr", "w+") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=APPS,
+            env=os.environ | {"PYTHONPATH": str(APPS)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if server.prints_port else subprocess.DEVNULL,
+            stderr=errors,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+        try:
+            port = _printed_port(process) if server.prints_port else site.port
+            _wait_until_ready(process, port, errors)
+            yield Running(port, cpu.tree(process.pid))
+        finally:
+            _stop(process)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _printed_port(process: subprocess.Popen[str]) -> int:
+    assert process.stdout
+    line = process.stdout.readline()
+    if not line.strip().isdigit():
+        raise ServerError(f"{process.args!r} printed no port but {line!r}")
+    return int(line)
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[str], port: int, errors: IO[str]
+) -> None:
+    """Until it has answered once; its own exit ends the wait at once."""
+    wait = 0.002
+    waited = 0.0
+    while not _answers(port):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
+        waited += wait
+        wait = min(2 * wait, 0.05)
+        if process.returncode is not None or waited > READY_SECONDS:
+            errors.seek(0)
+            raise ServerError(f"did not start: {errors.read().strip()[-400:]}")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            sock.sendall(PROBE)
+            head, _ = load.read_answer(sock)
+    except OSError:
+        return False
+    if not head.startswith(b"HTTP/1.1 200 "):
+        raise ServerError(f"answered {head.splitlines()[0]!r}")
+    return True
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    family = {pid: _handle(pid) for pid in cpu.tree(process.pid)[1:]}
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout:
+        process.stdout.close()
+    for handle in family.values():
+        if handle is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.close(handle)
+
+
+def _handle(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
