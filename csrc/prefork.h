@@ -306,7 +306,8 @@ int pf_scoreboard_claim(pf_scoreboard *board, uint32_t slot, uint32_t generation
       /* the master, before a spawn: the index of a fresh row; -ENOSPC */
 int pf_scoreboard_retire(pf_scoreboard *board, int row); /* the master, when its worker
                                        has ended: its counters join the retired */
-int pf_scoreboard_rows(const pf_scoreboard *board);
+int pf_scoreboard_rows(const pf_scoreboard *board); /* all that were ever claimed stand
+                                       before this index */
 pf_row *pf_scoreboard_row(pf_scoreboard *board, int row); /* lends; NULL: no such row */
 void pf_scoreboard_totals(const pf_scoreboard *board, pf_row *out); /* all rows and the
                                        retired ones, summed */

@@ -27,7 +27,8 @@ struct pf_scoreboard {
 struct board {
     uint32_t rows;
     _Atomic uint32_t version;
-    uint32_t padding[14]; /* rows begin at a cache line */
+    _Atomic uint32_t used; /* no row at or behind it was ever claimed */
+    uint32_t padding[13];  /* rows begin at a cache line */
     pf_row retired;       /* totals of those that have ended; the master writes it */
     pf_row row[];
 };
@@ -136,6 +137,8 @@ pf_scoreboard_claim(pf_scoreboard *s, uint32_t slot, uint32_t generation)
         *row = (pf_row){.slot = slot, .generation = generation};
         row->started_ms = row->heartbeat_ms = monotonic_ms();
         row->state = PF_ROW_BOOTING;
+        if (i >= atomic_load(&s->board->used))
+            atomic_store(&s->board->used, i + 1);
         return (int)i;
     }
     return -ENOSPC;
@@ -198,7 +201,7 @@ pf_scoreboard_release(pf_scoreboard *s, int index, uint32_t slot)
 int
 pf_scoreboard_rows(const pf_scoreboard *s)
 {
-    return (int)s->board->rows;
+    return (int)atomic_load_explicit(&s->board->used, memory_order_relaxed);
 }
 
 pf_row *
@@ -217,7 +220,7 @@ pf_scoreboard_totals(const pf_scoreboard *s, pf_row *out)
     do {
         before = atomic_load(&board->version);
         *out = board->retired;
-        for (uint32_t i = 0; i < board->rows; i++) {
+        for (int i = 0; i < pf_scoreboard_rows(s); i++) {
             const pf_row *row = &board->row[i];
             add_row(out, row);
             out->stats.connections += row->stats.connections;
