@@ -12,13 +12,13 @@ ROUNDS = 300
 
 @pytest.fixture
 def wire() -> Iterator[Callable[..., Any]]:
-    """Opens wires that are closed after the test: wire(handler)."""
+    """Opens wires, closed after the test: wire(handler), or wire(app, WsgiDesk)."""
     from wire import Wire
 
     opened = []
 
-    def open_wire(handler: Callable[..., Any]) -> Wire:
-        opened.append(Wire(handler))
+    def open_wire(*handler_and_desk: Callable[..., Any]) -> Wire:
+        opened.append(Wire(*handler_and_desk))
         return opened[-1]
 
     yield open_wire

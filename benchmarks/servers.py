@@ -95,13 +95,14 @@ def core(site: Site) -> list[str]:
     return [*command, f"--body={1 << 20}"] if site.app == "big" else command
 
 
-def prefork(module: str) -> Callable[[Site], list[str]]:
+def prefork(module: str, *options: str) -> Callable[[Site], list[str]]:
     def command(site: Site) -> list[str]:
         path = site.python.parent / "prefork"
         if not path.exists():
             raise Unavailable(f"prefork is not installed for {site.python.name}")
         app = f"{module}:{site.app}"
-        return [str(path), app, "--bind", f"127.0.0.1:{site.port}", "--workers", "1"]
+        bind = f"127.0.0.1:{site.port}"
+        return [str(path), app, "--bind", bind, "--workers", "1", *options]
 
     return command
 
@@ -213,7 +214,9 @@ _ALL = (
     Server("limit-nodefer", limit_without_defer, prints_port=True),
     Server("core", core, prints_port=True),
     Server("prefork", prefork("hello")),
+    Server("prefork-16", prefork("hello", "--threads", "16")),
     Server("prefork-wsgi", prefork("wsgi")),
+    Server("prefork-wsgi-16", prefork("wsgi", "--threads", "16")),
     Server("prefork-asgi", prefork("asgi")),
     Server("nginx", nginx),
     Server("uvicorn", uvicorn),

@@ -41,9 +41,11 @@ BROWSER = (
 class Wire:
     """A loop that listens, and clients that have sent it BATCH requests."""
 
-    def __init__(self, handler: Callable[..., Any]) -> None:
+    def __init__(
+        self, handler: Callable[..., Any], make_desk: Callable[..., Any] = native.Desk
+    ) -> None:
         self.loop = _core.Loop(server="prefork", content_type="text/plain")
-        self.desk = native.Desk(handler, self.loop, native.Hooks(), log.error_logger())
+        self.desk = make_desk(handler, self.loop, native.Hooks(), log.error_logger())
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=CONNECTIONS)
         self.listener.setblocking(False)
         self.loop.listen(self.listener.fileno())

@@ -107,6 +107,33 @@ same_any_case(const char *a, const char *b, size_t len)
     return true;
 }
 
+/* Eight bytes at a time, in two lanes that wait for nothing of each other. Who makes
+ * two blocks collide gains nothing: they are compared before they are taken for one. */
+uint64_t
+pf_http_hash(const char *bytes, size_t len)
+{
+    uint64_t a = 0x9e3779b97f4a7c15u ^ len, b = 0xd6e8feb86659fd93u, word;
+    while (len >= 16) {
+        memcpy(&word, bytes, 8);
+        a = (a ^ word) * 0x9e3779b97f4a7c15u;
+        memcpy(&word, bytes + 8, 8);
+        b = (b ^ word) * 0xd6e8feb86659fd93u;
+        a ^= a >> 29;
+        b ^= b >> 32;
+        bytes += 16;
+        len -= 16;
+    }
+    for (; len > 0; len -= len < 8 ? len : 8) {
+        word = 0;
+        memcpy(&word, bytes, len < 8 ? len : 8);
+        a = (a ^ word) * 0x9e3779b97f4a7c15u;
+        a ^= a >> 29;
+        bytes += len < 8 ? len : 8;
+    }
+    a ^= b;
+    return a ^ a >> 32;
+}
+
 int
 pf_http_find_field(const pf_head *head, const char *bytes, const char *name, size_t len,
                    int from)

@@ -165,8 +165,9 @@ typedef struct pf__stamp {
 void pf__response_stamp_init(pf__stamp *stamp, const pf_options *options);
 void pf__response_stamp_update(pf__stamp *stamp, time_t second);
 const char *pf__response_reason(int status);
+/* reason: NULL for the usual one. */
 int pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
-                       int64_t length);
+                       const char *reason, size_t reason_len, int64_t length);
 int pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *name,
                        size_t name_len, const char *value, size_t value_len);
 int pf__response_seal(pf__pool *pool, pf__buffer *out, pf__answer *a,

@@ -71,7 +71,8 @@ extern "C" {
     X(STATE, -20108, 0, "call made out of order")                                      \
     X(CLOSED, -20109, 0, "the peer has closed the connection")                         \
     X(WRITE_TIMEOUT, -20110, 0, "the peer stopped reading the response")               \
-    X(IDLE_TIMEOUT, -20111, 0, "the kept-alive connection stayed idle")
+    X(IDLE_TIMEOUT, -20111, 0, "the kept-alive connection stayed idle")                \
+    X(APP_REASON, -20112, 0, "reason phrase holds a control character")
 
 enum pf_err {
 #define X(name, code, status, text) PF_ERR_##name = code,
@@ -174,6 +175,9 @@ const char *pf_http_field_name(int id); /* lower case; lends for ever */
 int pf_http_find_field(const pf_head *head, const char *bytes, const char *name,
                        size_t len, int from); /* index of the next field of this name,
                                                  any case, at or behind from; or -1 */
+
+uint64_t pf_http_hash(const char *bytes, size_t len); /* to recognise a block of fields
+                                                         that was seen before */
 
 /* ---- Listeners (socket.c) ----------------------------------------------------------*/
 enum pf_socket_flag {
@@ -317,6 +321,24 @@ int pf_scoreboard_adopt(pf_scoreboard *board, int row, uint32_t slot, int fd); /
 int pf_scoreboard_release(pf_scoreboard *board, int row, uint32_t slot); /* and no more */
 int pf_scoreboard_bucket(uint64_t us);       /* the latency bucket of a duration */
 uint64_t pf_scoreboard_bound(int bucket);    /* its upper bound in microseconds */
+
+/* ---- A crew (crew.c) ---------------------------------------------------------------
+ * Threads of which one leads: it runs the loop and the handlers. The others stand by,
+ * asleep, and one of them takes over the loop when a handler stalls. Who leads is
+ * decided under a lock of the caller's, which also orders begin, end and call.
+ */
+typedef struct pf_crew pf_crew;
+
+enum pf_crew_reason { PF_CREW_CALLED = 1, PF_CREW_STALLED = 2, PF_CREW_CLOSED = 3 };
+
+int pf_crew_open(pf_crew **out, int tick_ms); /* a handler has stalled when it has run
+                                                 for one to two ticks */
+int pf_crew_wait(pf_crew *crew);   /* sleeps: stand by. PF_CREW_*, or -errno */
+void pf_crew_begin(pf_crew *crew); /* the leader enters a handler */
+void pf_crew_end(pf_crew *crew);   /* and has left it, or somebody leads in its place */
+bool pf_crew_call(pf_crew *crew);  /* wake one who stands by; false: nobody does */
+void pf_crew_close(pf_crew *crew); /* whoever stands by, or will, is told CLOSED */
+void pf_crew_free(pf_crew *crew);  /* when nobody waits any more */
 
 /* ---- The loop (loop.c) -------------------------------------------------------------*/
 typedef struct pf_loop pf_loop;
@@ -480,6 +502,12 @@ int pf_request_refuse(pf_request *request, int code); /* answer code's status an
  * NUL are refused in one place for all interfaces. After an error the unsent head can
  * be dropped with pf_request_reset() and another answer begun. */
 int pf_request_begin(pf_request *request, int status, int64_t length); /* -1: unknown */
+int pf_request_begin_line(pf_request *request, int status, const char *reason,
+                          size_t reason_len, int64_t length); /* with the app's own
+      reason phrase (RFC 9112 4); copies */
+int pf_request_set_length(pf_request *request, uint64_t length); /* of the body, unless a
+      field said it; before the first write */
+int64_t pf_request_length(const pf_request *request); /* as announced; -1: unknown */
 int pf_request_field(pf_request *request, const char *name, size_t name_len,
                      const char *value, size_t value_len); /* copies */
 int pf_request_write(pf_request *request, const char *data, size_t len); /* copies */

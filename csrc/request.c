@@ -175,7 +175,38 @@ pf_request_begin(pf_request *r, int status, int64_t length)
 {
     if (r->dead)
         return PF_ERR_CLOSED;
-    return pf__response_begin(pool(r), &r->conn->out, &r->answer, status, length);
+    return pf__response_begin(pool(r), &r->conn->out, &r->answer, status, NULL, 0,
+                              length);
+}
+
+int
+pf_request_begin_line(pf_request *r, int status, const char *reason, size_t reason_len,
+                      int64_t length)
+{
+    if (r->dead)
+        return PF_ERR_CLOSED;
+    return pf__response_begin(pool(r), &r->conn->out, &r->answer, status, reason,
+                              reason_len, length);
+}
+
+int
+pf_request_set_length(pf_request *r, uint64_t length)
+{
+    pf__answer *a = &r->answer;
+    if (r->dead)
+        return PF_ERR_CLOSED;
+    if ((a->flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED)) != PF__ANSWER_BEGUN
+        || length > INT64_MAX)
+        return PF_ERR_STATE;
+    if (a->length < 0)
+        a->length = (int64_t)length;
+    return 0;
+}
+
+int64_t
+pf_request_length(const pf_request *r)
+{
+    return r->answer.length;
 }
 
 int

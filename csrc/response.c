@@ -151,16 +151,22 @@ put_number(char *p, uint64_t n)
 enum { STATUS_LINE_MAX = 64 };
 
 static char *
+put_reasoned_line(char *p, int status, const char *reason, size_t len)
+{
+    p = PUT_LITERAL(p, "HTTP/1.1 ");
+    p = put_number(p, (uint64_t)status);
+    *p++ = ' ';
+    p = put(p, reason, len);
+    return PUT_LITERAL(p, "\r\n");
+}
+
+static char *
 put_status_line(char *p, int status)
 {
     if (PF__LIKELY(status == 200))
         return PUT_LITERAL(p, "HTTP/1.1 200 OK\r\n");
     const char *reason = pf__response_reason(status);
-    p = PUT_LITERAL(p, "HTTP/1.1 ");
-    p = put_number(p, (uint64_t)status);
-    *p++ = ' ';
-    p = put(p, reason, strlen(reason));
-    return PUT_LITERAL(p, "\r\n");
+    return put_reasoned_line(p, status, reason, strlen(reason));
 }
 
 /* ---- the answer, piece by piece -----------------------------------------------------*/
@@ -172,20 +178,25 @@ has_no_body(const pf__answer *a)
 
 int
 pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
-                   int64_t length)
+                   const char *reason, size_t reason_len, int64_t length)
 {
     if (a->flags & PF__ANSWER_BEGUN)
         return PF_ERR_STATE;
     if (status < 200 || status > 999)
         return PF_ERR_APP_STATUS;
-    int rc = pf__buffer_reserve(pool, out, STATUS_LINE_MAX);
+    if (reason != NULL && pf__scan_value(reason, reason_len) != reason_len)
+        return PF_ERR_APP_REASON;
+    int rc = pf__buffer_reserve(pool, out, STATUS_LINE_MAX + reason_len);
     if (rc < 0)
         return rc;
     a->mark = out->len;
     a->status = (uint16_t)status;
     a->length = length;
     a->flags |= PF__ANSWER_BEGUN;
-    out->len = (size_t)(put_status_line(out->data + out->len, status) - out->data);
+    char *p = out->data + out->len;
+    p = reason == NULL ? put_status_line(p, status)
+                       : put_reasoned_line(p, status, reason, reason_len);
+    out->len = (size_t)(p - out->data);
     return 0;
 }
 

@@ -29,7 +29,7 @@ struct board {
     _Atomic uint32_t version;
     _Atomic uint32_t used; /* no row at or behind it was ever claimed */
     uint32_t padding[13];  /* rows begin at a cache line */
-    pf_row retired;       /* totals of those that have ended; the master writes it */
+    pf_row retired;        /* totals of those that have ended; the master writes it */
     pf_row row[];
 };
 

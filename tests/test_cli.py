@@ -31,7 +31,8 @@ HELLO = """
 
     class Application:
         def __call__(self, environ, start_response):
-            return []
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [environ["SCRIPT_NAME"].encode()]
 
     class Nested:
         handler = app
@@ -199,8 +200,6 @@ def test_an_unknown_option_gives_one_line_and_2(run, arguments):
 @pytest.mark.parametrize(
     ("app", "interface", "text"),
     [
-        ("wsgi", "auto", "interface wsgi is not available in this version; "),
-        ("application", "auto", "interface wsgi is not available in this version; "),
         ("asgi", "auto", "interface asgi is not available in this version; "),
         ("app", "asgi", "interface asgi is not available in this version; "),
         (
@@ -212,6 +211,14 @@ def test_an_unknown_option_gives_one_line_and_2(run, arguments):
 )
 def test_an_interface_that_is_not_there_yet_says_so(run, app, interface, text):
     assert mistake(run(f"hello:{app}", "--interface", interface), 2).startswith(text)
+
+
+def test_a_wsgi_app_is_known_by_its_parameters(run, tmp_path):
+    path = tmp_path / "sock"
+    program = run("hello:application", "--bind", f"unix:{path}", "--root-path", "/shop")
+    assert ask(serving(program, path), REQUEST).endswith(b"\r\n\r\n/shop")
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
 
 
 # ---- Mistakes: 4, the app ------------------------------------------------------------

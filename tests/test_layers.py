@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "poller_epoll": set(),
     "mailbox": set(),
     "scoreboard": {"mailbox"},
+    "crew": set(),
     "conn": {"http", "response", "poller_epoll", "timer", "peers", "scoreboard"},
     "request": {"conn"},
     "loop": {"conn", "mailbox", "scoreboard"},
@@ -52,9 +53,15 @@ MODULES: dict[str, set[str]] = {
     "config": {"configfile", "errors"},
     "_core": {"errors"},
     "listeners": {"_core", "config", "errors"},
-    "_native": {"_core", "errors"},
+    "_dispatch": {"_core", "errors"},
+    "_native": {"_core", "_dispatch", "errors"},
+    "_wsgi": {"_core", "_dispatch", "_native", "errors"},
     "native": {"_core", "_native", "errors", "log"},
-    "server": {"_core", "_native", "config", "errors", "listeners", "log", "native"},
+    "wsgi": {"_core", "_native", "_wsgi", "errors", "log", "native"},
+    "server": {
+        *{"native", "wsgi", "listeners"},
+        *{"_core", "_native", "config", "errors", "log"},
+    },
     "worker": {
         *{"server", "listeners", "native"},
         *{"_core", "_native", "config", "errors", "log"},
@@ -84,7 +91,7 @@ MODULES: dict[str, set[str]] = {
 }
 
 # The C functions that sleep, or make system calls by the dozen: prefork.h says which.
-WITHOUT_GIL = {"pf_loop_wait", "pf_loop_flush", "pf_process_wait"}
+WITHOUT_GIL = {"pf_loop_wait", "pf_loop_flush", "pf_process_wait", "pf_crew_wait"}
 
 ENDS_OR_PRINTS = re.compile(
     r"\b(?:v?f?printf|v?dprintf|puts|fputs|fwrite|putc|putchar|fputc|perror|psignal"

@@ -46,6 +46,7 @@ cdef extern from "prefork.h" nogil:
         pf_field *fields
 
     const char *pf_http_field_name(int id)
+    uint64_t pf_http_hash(const char *bytes, size_t len)
     int pf_http_find_field(const pf_head *head, const char *data, const char *name,
                            size_t len, int start)
     const char *pf_http_simd()
@@ -229,6 +230,23 @@ cdef extern from "prefork.h" nogil:
 
     int pf_loop_notices(pf_loop *loop, pf_notice *out, int max)
 
+    # ---- A crew ----
+    ctypedef struct pf_crew:
+        pass
+
+    cdef enum:
+        PF_CREW_CALLED
+        PF_CREW_STALLED
+        PF_CREW_CLOSED
+
+    int pf_crew_open(pf_crew **out, int tick_ms)
+    int pf_crew_wait(pf_crew *crew) nogil
+    void pf_crew_begin(pf_crew *crew)
+    void pf_crew_end(pf_crew *crew)
+    bint pf_crew_call(pf_crew *crew)
+    void pf_crew_close(pf_crew *crew)
+    void pf_crew_free(pf_crew *crew)
+
     # ---- Requests ----
     ctypedef struct pf_slice:
         const char *data
@@ -253,6 +271,10 @@ cdef extern from "prefork.h" nogil:
                          int64_t read_timeout_ms, int64_t write_timeout_ms)
     int pf_request_refuse(pf_request *request, int code)
     int pf_request_begin(pf_request *request, int status, int64_t length)
+    int pf_request_begin_line(pf_request *request, int status, const char *reason,
+                              size_t reason_len, int64_t length)
+    int pf_request_set_length(pf_request *request, uint64_t length)
+    int64_t pf_request_length(const pf_request *request)
     int pf_request_field(pf_request *request, const char *name, size_t name_len,
                          const char *value, size_t value_len)
     int pf_request_write(pf_request *request, const char *data, size_t len)
@@ -284,6 +306,13 @@ cdef class Scoreboard:
     cdef int loops  # that count here
     cdef pf_scoreboard *opened(self) except NULL
 
+cdef class Crew:
+    cdef pf_crew *handle
+    cdef int stand_by(self) except -1
+    cdef void begin(self) noexcept
+    cdef void end(self) noexcept
+    cdef bint call(self)
+
 cdef enum:
     BATCH = 64  # events handed out in one turn
 
@@ -297,7 +326,7 @@ cdef class Loop:
     cdef object __weakref__
     cdef pf_loop *opened(self) except NULL
     cdef int wait_batch(self, int timeout_ms) except -1
-    cdef void forget(self, pf_request *loan)
+    cdef void forget(self, pf_request *loan) noexcept
     cdef int64_t touch(self)
     cdef int64_t now(self)
     cdef object run_calls(self)
@@ -312,7 +341,7 @@ cdef class Request:
     cdef object peer
     cdef object local
     cdef public object exchange
-    cdef void lend(self, Loop loop, pf_request *loan)
+    cdef void lend(self, Loop loop, pf_request *loan) noexcept
     cdef bint is_whole(self)
     cdef const char *bytes(self)
     cdef pf_request *lent(self) except NULL
@@ -323,9 +352,16 @@ cdef class Request:
     cdef const pf_head *heading(self) except NULL
     cdef size_t head_size(self)
     cdef bytes span(self, pf_span span)
+    cdef void ends(self, pf_peer *peer, pf_peer *local) noexcept
+    cdef bint asks_for_head(self)
+    cdef size_t unsent(self)
     cdef int field(self, object name, object value) except -1
     cdef bint answer(self, int status, bytes content_type, bytes body) except -1
     cdef bint reply(self, int status, list pairs, bytes body) except -1
+    cdef int start(self, int status, bytes reason, list fields) except -1
+    cdef int put(self, bytes data) except -1
+    cdef int whole(self, bytes data) except -1
+    cdef int64_t announced(self)
 
 cdef class Headers:
     cdef Request request

@@ -386,6 +386,47 @@ cdef class Scoreboard:
         return row_figures(&sum)
 
 
+# ---- A crew ----
+
+cdef class Crew:
+    """Threads of which one leads and the others stand by, asleep, without the GIL.
+
+    Who leads is decided under the GIL, by _dispatch. tick_ms: a handler has stalled
+    when it has run for one to two of these.
+    """
+
+    def __cinit__(self, int tick_ms=1):
+        check(pf_crew_open(&self.handle, tick_ms))
+
+    def __dealloc__(self):
+        if self.handle is not NULL:
+            pf_crew_free(self.handle)
+
+    cdef int stand_by(self) except -1:
+        """Sleep until needed: PF_CREW_CALLED, _STALLED or _CLOSED."""
+        cdef pf_crew *handle = self.handle
+        cdef int reason
+        with nogil:
+            reason = pf_crew_wait(handle)
+        return check(reason)
+
+    cdef void begin(self) noexcept:
+        """The leader enters a handler."""
+        pf_crew_begin(self.handle)
+
+    cdef void end(self) noexcept:
+        """It has left it, or somebody leads in its place."""
+        pf_crew_end(self.handle)
+
+    cdef bint call(self):
+        """Wake one who stands by; False: nobody does."""
+        return pf_crew_call(self.handle)
+
+    def close(self):
+        """Whoever stands by, or will, is told CLOSED. Any thread."""
+        pf_crew_close(self.handle)
+
+
 # ---- The loop ----
 
 cdef dict OPTION_FLAGS = {
@@ -498,7 +539,7 @@ cdef class Loop:
         self.count = max(count, 0)
         return check(count)
 
-    cdef void forget(self, pf_request *loan):
+    cdef void forget(self, pf_request *loan) noexcept:
         """A loan is over: the rest of the batch has nothing to tell of it."""
         cdef int i
         for i in range(self.count):
@@ -639,6 +680,13 @@ cdef list FIELD_NAMES = [
     pf_http_field_name(id).decode("latin-1") for id in range(PF_FIELD_COUNT)
 ]
 FIELD_NAMES = [intern(name) for name in FIELD_NAMES]
+FIELD_NAMES_KNOWN = tuple(FIELD_NAMES)  # by the number that pf_field.id has
+
+
+def host_of(bytes address, int family):
+    """An address of 16 bytes, an IPv4 one in the first four, as text."""
+    return inet_ntop(AF_INET, address[:4]) if family == AF_INET else inet_ntop(
+        AF_INET6, address)
 
 
 cdef object peer_name(const pf_peer *peer):
@@ -667,7 +715,7 @@ cdef class Request:
             pf_request_abort(self.loan)
         free(self.copy)
 
-    cdef void lend(self, Loop loop, pf_request *loan):
+    cdef void lend(self, Loop loop, pf_request *loan) noexcept:
         self.loan = loan
         self.loop = loop
         self.head = pf_request_head(loan)
@@ -771,6 +819,23 @@ cdef class Request:
             Py_INCREF(body)
         self.ended()
         return True
+
+    cdef void ends(self, pf_peer *peer, pf_peer *local) noexcept:
+        """The addresses of both ends; an unknown one is empty."""
+        if self.copy is not NULL:
+            peer[0] = (<pf_peer *>self.copy)[0]
+            local[0] = (<pf_peer *>self.copy)[1]
+        else:
+            pf_request_get_peer(self.loan, peer)
+            pf_request_get_local(self.loan, local)
+
+    cdef bint asks_for_head(self):
+        """Whether the method is HEAD."""
+        return (self.head.flags & PF_HEAD_IS_HEAD) != 0
+
+    cdef size_t unsent(self):
+        """Bytes of the answer that the kernel has not taken."""
+        return pf_request_pending(self.loan) if self.loan is not NULL else 0
 
     cdef bytes span(self, pf_span span):
         return self.bytes()[span.at:span.at + span.len]
@@ -943,13 +1008,7 @@ cdef class Request:
         check(rc)
         for name, value in pairs:
             self.field(name, value)
-        if pf_request_borrows(self.loan, PyBytes_GET_SIZE(body)):
-            check(pf_request_write_ref(self.loan, PyBytes_AS_STRING(body),
-                                       PyBytes_GET_SIZE(body), <void *>body))
-            Py_INCREF(body)
-        else:
-            check(pf_request_write(self.loan, PyBytes_AS_STRING(body),
-                                   PyBytes_GET_SIZE(body)))
+        self.put(body)
         if Py_REFCNT(self) > 1:
             self.detach()
         rc = pf_request_end(self.loan)
@@ -957,16 +1016,49 @@ cdef class Request:
         check(rc)
         return True
 
+    cdef int start(self, int status, bytes reason, list fields) except -1:
+        """Begin an answer of (str, str) fields with the app's own reason phrase."""
+        cdef int rc
+        if reason is None:
+            rc = pf_request_begin(self.lent(), status, -1)
+        else:
+            rc = pf_request_begin_line(self.lent(), status, PyBytes_AS_STRING(reason),
+                                       PyBytes_GET_SIZE(reason), -1)
+        check(rc)
+        for name, value in fields:
+            if type(name) is not str or type(value) is not str:
+                raise TypeError(
+                    f"a header field must be a pair of str, not {(name, value)!r}")
+            self.field(name, value)
+        return 0
+
+    cdef int64_t announced(self):
+        """The length of the body, as fields have said it; -1: unknown."""
+        return pf_request_length(self.loan)
+
+    cdef int put(self, bytes data) except -1:
+        """Write body bytes; large ones are borrowed."""
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+        if pf_request_borrows(self.lent(), size):
+            check(pf_request_write_ref(self.loan, PyBytes_AS_STRING(data), size,
+                                       <void *>data))
+            Py_INCREF(data)
+        else:
+            check(pf_request_write(self.loan, PyBytes_AS_STRING(data), size))
+        return 0
+
+    cdef int whole(self, bytes data) except -1:
+        """The whole body, of an answer that was started; ends the loan."""
+        cdef int rc
+        check(pf_request_set_length(self.lent(), PyBytes_GET_SIZE(data)))
+        self.put(data)
+        rc = pf_request_end(self.loan)
+        self.ended()
+        return check(rc)
+
     def write(self, data):
         """Write body bytes; returns how many bytes are not taken by the kernel yet."""
-        cdef bytes body = data if type(data) is bytes else bytes(data)
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(body)
-        if pf_request_borrows(self.lent(), size):
-            check(pf_request_write_ref(self.loan, PyBytes_AS_STRING(body), size,
-                                       <void *>body))
-            Py_INCREF(body)
-        else:
-            check(pf_request_write(self.loan, PyBytes_AS_STRING(body), size))
+        self.put(data if type(data) is bytes else bytes(data))
         return pf_request_pending(self.loan)
 
     def want_room(self):

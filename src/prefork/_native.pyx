@@ -8,24 +8,9 @@ streamed answers, coroutines, hooks, errors) goes to the Desk of native.py, in P
 from urllib.parse import unquote
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport Py_DECREF
-from libc.stdint cimport int64_t
 from libc.string cimport memchr
 
-from prefork cimport _core
-from prefork._core cimport (
-    PF_EVENT_BODY,
-    PF_EVENT_CLOSED,
-    PF_EVENT_DRAINED,
-    PF_EVENT_READABLE,
-    PF_EVENT_REFUSED,
-    PF_EVENT_RELEASED,
-    PF_EVENT_REQUEST,
-    PF_EVENT_WOKEN,
-    PF_EVENT_WRITABLE,
-    Loop,
-)
+from prefork cimport _core, _dispatch
 
 
 # ---- What handlers see ----
@@ -151,89 +136,18 @@ cdef class Response:
         return f"<Response {self.status}>"
 
 
-# ---- From events to handlers ----
+# ---- From requests to handlers ----
 
-cdef enum:
-    BATCH_MS = 1  # how long finished answers wait for others in their batch
+cdef class Dispatcher(_dispatch.Dispatcher):
+    """Calls native handlers."""
 
+    cdef _core.Request make(self):
+        return Request.__new__(Request)
 
-cdef class Dispatcher:
-    """Hands the loop's events to the handler, in the loop's thread.
-
-    simple: a handler is called as soon as its request is lent whole. desk takes the
-    rest: native.Desk.
-    """
-
-    cdef Loop loop
-    cdef object handler
-    cdef object desk
-    cdef bint simple
-    cdef object fatal
-    cdef readonly bint drained
-
-    def __init__(self, Loop loop, handler, desk, bint simple):
-        self.loop = loop
-        self.handler = handler
-        self.desk = loop.desk = desk
-        self.simple = simple
-
-    def run(self):
-        """Serve until the loop has drained."""
-        while not self.drained:
-            if self.turn(-1) == 0:
-                PyErr_CheckSignals()
-
-    cpdef int turn(self, int timeout_ms) except -1:
-        """One turn of the loop: wait, then handle the batch. Returns its size."""
-        cdef int count = self.loop.wait_batch(timeout_ms)
-        cdef int64_t since = self.loop.now()
-        cdef int i
-        for i in range(count):
-            try:
-                self.dispatch(&self.loop.events[i])
-            except BaseException as error:
-                self.fatal = error  # the others in the batch get their answers first
-            if self.loop.now() - since >= BATCH_MS and i + 1 < count:
-                self.loop.flush()
-                since = self.loop.now()
-        if self.fatal is not None:
-            error, self.fatal = self.fatal, None
-            raise error
-        return count
-
-    cdef int dispatch(self, _core.pf_event *event) except -1:
-        cdef unsigned flags = event.flags
-        if flags & PF_EVENT_REQUEST:
-            self.begin(event)
-        elif flags & PF_EVENT_RELEASED:
-            Py_DECREF(<object>event.user)
-        elif event.request is not NULL:
-            self.tell(<Request>event.user, flags, event.code)
-        elif flags & PF_EVENT_WOKEN:
-            PyErr_CheckSignals()
-            self.loop.run_calls()
-        elif flags & PF_EVENT_DRAINED:
-            self.drained = True
-        elif flags & PF_EVENT_READABLE:
-            self.desk.readable(event.code)
-        return 0
-
-    cdef int begin(self, _core.pf_event *event) except -1:
-        """A request is on loan."""
-        cdef Request request = Request.__new__(Request)
-        request.lend(self.loop, event.request)
-        if event.flags & PF_EVENT_CLOSED:
-            request.drop()
-        elif event.flags & PF_EVENT_REFUSED:
-            self.desk.refused(request, event.code)
-        elif self.simple and request.is_whole():
-            self.serve(request)
-        else:
-            self.desk.begin(request)
-        return 0
-
-    cpdef int serve(self, Request request) except -1:
+    cdef int perform(self, _core.Request request) except -1:
         """Call the handler and finish with what it returns."""
+        if self.crew is not None:
+            return self.perform_in_crew(request)
         try:
             result = self.handler(request)
             self.loop.touch()
@@ -248,7 +162,37 @@ cdef class Dispatcher:
             raise
         return 0
 
-    cpdef int finish(self, Request request, result) except -1:
+    cdef int perform_in_crew(self, _core.Request request) except -1:
+        """The same, but who leads in the end may be somebody else."""
+        cdef object result = None
+        cdef object error = None
+        self.enter(request)
+        try:
+            result = self.handler(request)
+        except BaseException as raised:
+            error = raised
+        if self.leave():
+            self.settle(request, result, error)
+        else:
+            self.post(self.settle, request, result, error)
+        return 0
+
+    def settle(self, _core.Request request, result, error):
+        """A handler has returned or raised."""
+        if request.loan is NULL:
+            return
+        self.loop.touch()
+        try:
+            if error is not None:
+                raise error
+            self.finish(request, result)
+        except Exception as raised:
+            self.desk.failed(request, raised)
+        except BaseException:
+            self.desk.failed(request, None)
+            raise
+
+    cpdef int finish(self, _core.Request request, result) except -1:
         """Answer with what a handler returned."""
         if type(result) is bytes:
             request.answer(200, None, <bytes>result)
@@ -260,7 +204,7 @@ cdef class Dispatcher:
             self.desk.finish(request, result)
         return 0
 
-    cdef int respond(self, Request request, Response response) except -1:
+    cdef int respond(self, _core.Request request, Response response) except -1:
         """A Response: at once if its body is bytes or str."""
         cdef object body = response.body
         cdef bytes kind = None
@@ -275,22 +219,4 @@ cdef class Dispatcher:
         if response.content_type is not None:
             kind = _core.latin(response.content_type)
         request.answer(response.status, kind, <bytes>body)
-        return 0
-
-    cdef int tell(self, Request request, unsigned flags, int code) except -1:
-        """Something happened to a loan that an exchange follows."""
-        cdef object exchange = request.exchange
-        if exchange is None:
-            request.drop()
-            return 0
-        try:
-            if flags & PF_EVENT_CLOSED:
-                exchange.on_closed(code)
-                return 0
-            if flags & PF_EVENT_BODY:
-                exchange.on_body()
-            if flags & PF_EVENT_WRITABLE:
-                exchange.on_writable()
-        except Exception as error:
-            self.desk.failed(request, error)
         return 0

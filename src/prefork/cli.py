@@ -31,11 +31,6 @@ from prefork.errors import (
     WorkerBootError,
 )
 
-MISSING = {
-    "wsgi": "def handler(request)",
-    "asgi": "async def handler(request)",
-}
-
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always raises SystemExit, with the exit code."""
@@ -193,7 +188,7 @@ def _print_config(given: Mapping[str, Any], file: configfile.File | None) -> Non
 
 def _check_config(given: Mapping[str, Any], file: configfile.File | None) -> None:
     config = _configured(given, file)
-    _app(config)
+    _server(config)
     what = f"{config.app} is" if file is None else f"{config.app} and {file.path} are"
     click.echo(f"prefork: {what} in order")
 
@@ -219,8 +214,16 @@ class Deferred:
     def __init__(self, config: Config) -> None:
         self.config = config
 
+        self.seat: tuple[Any, int] | None = None
+
+    def take_seat(self, board: Any, row: int) -> None:
+        self.seat = board, row
+
     def serve(self, sockets: list[socket.socket], **more: Any) -> None:
-        _server(self.config).serve(sockets, **more)
+        server = _server(self.config)
+        if self.seat is not None:
+            server.take_seat(*self.seat)
+        server.serve(sockets, **more)
 
 
 def _configured(given: Mapping[str, Any], file: configfile.File | None) -> Config:
@@ -243,16 +246,7 @@ def _change_directory(path: str) -> None:
 
 
 def _app(config: Config) -> Any:
-    app = worker.load_app(config.app, config.app_dir)
-    interface = config.interface
-    if interface == "auto":
-        interface = worker.interface_of(app)
-    if interface in MISSING:
-        raise ConfigError(
-            f"interface {interface} is not available in this version; "
-            f"write a native handler ({MISSING[interface]}) for {config.app}"
-        )
-    return app
+    return worker.load_app(config.app, config.app_dir)
 
 
 # ---- What goes wrong ---------------------------------------------------------------

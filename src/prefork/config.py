@@ -288,12 +288,6 @@ class Config:
 
     # What is served.
     app: Any = _app(None, "The app: a module, and a name in it.", APP, none="none")
-    interface: str = _app(
-        "auto",
-        "What the app is called with; auto tells it by the app's parameters.",
-        TEXT,
-        choices=("auto", "native", "wsgi", "asgi"),
-    )
     app_dir: str = _app(".", "Look for the app's module here first.", PATH)
     chdir: str | None = _app(
         None, "Change to this directory before all else.", PATH, none="stay here"
@@ -422,6 +416,28 @@ class Config:
     )
 
     # With what manners.
+    interface: str = _answer(
+        "auto",
+        "What the app is called with; auto tells it by the app's parameters.",
+        TEXT,
+        choices=("auto", "native", "wsgi", "asgi"),
+    )
+    threads: int = _answer(
+        1,
+        "Handlers that may block at the same time, in each worker.",
+        INTEGER,
+        minimum=1,
+        maximum=4096,
+    )
+    root_path: str = _answer(
+        "", "Where the app is mounted: SCRIPT_NAME, like /shop.", TEXT
+    )
+    header_map: str = _answer(
+        "drop",
+        "WSGI: request fields with an underscore in their names.",
+        TEXT,
+        choices=("drop", "refuse", "allow"),
+    )
     name: str = _answer("prefork", "Server field of answers.", ASCII)
     tcp_keepalive: bool = _answer(True, "Probe silent peers (SO_KEEPALIVE).", BOOLEAN)
     disable_keepalive: bool = _answer(
@@ -503,6 +519,8 @@ class Config:
         for name, option in OPTIONS.items():
             value = option.read(name, getattr(self, name))
             object.__setattr__(self, name, value)
+        if self.root_path and (self.root_path[0] != "/" or self.root_path[-1] == "/"):
+            raise wrong("root_path", "empty, or like /shop", self.root_path)
         for part in ("max_target_size", "max_field_size"):
             if getattr(self, part) > self.max_header_size:
                 most = f"at most max_header_size ({self.max_header_size})"

@@ -16,7 +16,9 @@ import asyncio
 import inspect
 import json
 import queue
+import signal
 import sys
+import threading
 import time
 from collections.abc import (
     AsyncIterator,
@@ -33,7 +35,12 @@ from urllib.parse import parse_qsl
 
 from prefork import _core, log
 from prefork._native import Dispatcher, Request, Response
-from prefork.errors import ClientDisconnected, ProtocolError, RequestError
+from prefork.errors import (
+    ClientDisconnected,
+    ConfigError,
+    ProtocolError,
+    RequestError,
+)
 
 HIGH_WATER = 65536  # bytes pending in an answer above which nothing more is pulled
 PULL_TIME = 0.001  # seconds an iterator is pulled before others have their turn
@@ -135,20 +142,32 @@ class Desk:
     scheme = "http"
 
     def __init__(
-        self, handler: Any, core: _core.Loop, hooks: Hooks, logger: log.Logger
+        self,
+        handler: Any,
+        core: _core.Loop,
+        hooks: Hooks,
+        logger: log.Logger,
+        threads: int = 1,
     ) -> None:
         self.handler = handler
         self.core = core
         self.hooks = hooks
         self.logger = logger
+        self.crew_size = threads
         self.watched: dict[int, Callable[[], object]] = {}
         self.threads: ThreadPoolExecutor | None = None
         self.threaded: set[Threaded] = set()
         simple = not (hooks.header_received or hooks.conn_state or hooks.log_all_errors)
-        self.dispatcher = Dispatcher(core, handler, self, simple)
+        self.dispatcher = self.make_dispatcher(simple)
+
+    def make_dispatcher(self, simple: bool) -> Any:
+        return Dispatcher(self.core, self.handler, self, simple)
 
     def run(self) -> None:
         """Serve until the loop has drained."""
+        if self.crew_size > 1:
+            self.dispatcher.run_crew(self.crew_size, start_thread)
+            return
         while not self.dispatcher.drained:
             if self.has_notices:
                 self.dispatcher.turn(-1)
@@ -352,6 +371,17 @@ class Desk:
                     self.logger.exception("conn_state failed")
 
 
+def start_thread(work: Callable[[], None]) -> threading.Thread:
+    """A thread of a crew. Signals are the main thread's."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread = threading.Thread(target=work, name="prefork-crew", daemon=True)
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return thread
+
+
 def _core_address(client: tuple[str, int]) -> str:
     host, port = client
     return f"{host}:{port}" if host else "unix peer"
@@ -426,6 +456,9 @@ class Gathering(Exchange):
         self.desk.serve(request)
 
 
+END = object()  # of an iterator
+
+
 class Pulled(Exchange):
     """Streams an iterator: pulled only while the socket has room."""
 
@@ -434,6 +467,7 @@ class Pulled(Exchange):
     ) -> None:
         self.parts = parts
         self.bodiless = is_bodiless(request, response)
+        self.pulling = self.gone = False
         try:
             request.begin(response.status, response.fields())
             super().__init__(desk, request)
@@ -443,36 +477,62 @@ class Pulled(Exchange):
         self.on_writable()
 
     def on_writable(self) -> None:
+        """Pull while there is room and time, as handlers are called."""
+        dispatcher, request = self.desk.dispatcher, self.request
+        self.until = time.monotonic() + PULL_TIME
+        self.pulling = True
+        while self.pulling:
+            called, part, error = dispatcher.apart(request, self.next_part, self.pulled)
+            if not called:
+                return
+            self.take(part, error)
+
+    def next_part(self) -> Any:
+        return next(self.parts, END)
+
+    def pulled(self, part: Any, error: BaseException | None) -> None:
+        """A part that came when another thread was leading."""
+        self.take(part, error)
+        if self.pulling:
+            self.on_writable()
+
+    def take(self, part: Any, error: BaseException | None) -> None:
+        """Write it; `pulling` says whether to go on at once."""
         request = self.request
+        self.pulling = False
         try:
-            if self.pull():
+            if self.gone:
+                self.close()
+            elif error is not None:
+                raise error
+            elif part is END or self.write(to_bytes(part)):
                 request.end()
                 self.close()
-            else:
-                request.want_room()
-        except Exception as error:
-            self.desk.failed(request, error)
+        except Exception as raised:
+            self.desk.failed(request, raised)
             self.close()
         except BaseException:
             request.abort()
             self.close()
             raise
 
-    def pull(self) -> bool:
-        """Write parts while there is room and time; true when there are no more."""
-        until = time.monotonic() + PULL_TIME
-        for part in self.parts:
-            data = to_bytes(part)
-            pending = self.request.write(data) if data else 0
-            if data and self.bodiless:
-                return True
-            if pending >= HIGH_WATER or time.monotonic() >= until:
-                return False
-        return True
+    def write(self, data: bytes) -> bool:
+        """True if that completes the answer, whatever else is to come."""
+        pending = self.request.write(data) if data else 0
+        if data and self.bodiless:
+            return True
+        if pending >= HIGH_WATER or time.monotonic() >= self.until:
+            self.request.want_room()
+        else:
+            self.pulling = True
+        return False
 
     def on_closed(self, code: int) -> None:
         self.request.abort()
-        self.close()
+        if self.pulling:  # by another thread: closing waits until it comes back
+            self.gone = True
+        else:
+            self.close()
 
     def close(self) -> None:
         """Let the iterator clean up; what it raises is logged, not passed on."""
@@ -832,10 +892,18 @@ def wake(waiter: asyncio.Future[None] | None) -> None:
         waiter.set_result(None)
 
 
-def desk_for(handler: Any, core: _core.Loop, hooks: Hooks, logger: log.Logger) -> Desk:
-    """The desk that serves this kind of handler."""
-    make = AsyncDesk if is_async(handler) else Desk
-    return make(handler, core, hooks, logger)
+def desk_for(
+    handler: Any, core: _core.Loop, hooks: Hooks, logger: log.Logger, threads: int = 1
+) -> Desk:
+    """The desk that serves this kind of handler; threads is for plain ones."""
+    if not is_async(handler):
+        return Desk(handler, core, hooks, logger, threads)
+    if threads > 1:
+        raise ConfigError(
+            f"threads must be 1, not {threads}, for an async handler: it runs on the "
+            "event loop"
+        )
+    return AsyncDesk(handler, core, hooks, logger)
 
 
 __all__ = [

@@ -7,6 +7,7 @@ asked to stop (SIGTERM, SIGINT, shutdown()) and has drained.
 
 from __future__ import annotations
 
+import inspect
 import signal
 import socket
 import threading
@@ -18,6 +19,7 @@ from prefork import _core, listeners, log
 from prefork.config import SERVER, Config
 from prefork.errors import ConfigError
 from prefork.native import Desk, Hooks, desk_for
+from prefork.wsgi import Manners, WsgiDesk
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CONTENT_TYPE = "text/plain; charset=utf-8"  # of answers that name none
@@ -28,9 +30,34 @@ def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000)) if seconds > 0 else 0
 
 
-def loop_options(config: Config) -> dict[str, Any]:
+INTERFACES = {1: "native", 2: "wsgi", 3: "asgi"}
+
+
+def interface_of(app: Any) -> str:
+    """native, wsgi or asgi, told by how many parameters the app must be given.
+
+    handler(request), app(environ, start_response), app(scope, receive, send). Raises
+    ConfigError if that cannot be told.
+    """
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()  # type: ignore[assignment]
+    positional = [p for p in parameters if p.kind in (0, 1) and p.default is p.empty]
+    interface = INTERFACES.get(len(positional))
+    if interface is None:
+        name = getattr(app, "__qualname__", type(app).__qualname__)
+        raise ConfigError(
+            f"cannot tell the interface of {name} by its {len(positional)} parameters; "
+            "interface must be native, wsgi or asgi"
+        )
+    return interface
+
+
+def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
     """What the C loop is told; its names are those of prefork.h."""
     hooks = config.header_received is not None
+    bare = config.no_default_content_type or interface != "native"
     return {
         "max_connections": config.concurrency,
         "max_connections_per_ip": config.max_conns_per_ip,
@@ -50,8 +77,8 @@ def loop_options(config: Config) -> dict[str, Any]:
         # The hook may allow a request more: then the desk sets the limit of each.
         "max_body_size": UNLIMITED if hooks else config.max_request_body_size,
         "server": "" if config.no_default_server_header else config.name,
-        "content_type": "" if config.no_default_content_type else CONTENT_TYPE,
-        "lend_heads": hooks or config.stream_request_body,
+        "content_type": "" if bare else CONTENT_TYPE,
+        "lend_heads": hooks or (config.stream_request_body and interface == "native"),
         "lend_refused": config.error_handler is not None,
         "notices": config.conn_state is not None or config.log_all_errors,
         "no_date": config.no_default_date,
@@ -65,9 +92,10 @@ def loop_options(config: Config) -> dict[str, Any]:
 class Server:
     """An app and the options that it is served with.
 
-    app is a native handler: `def handler(request)` or `async def handler(request)`.
-    The options are those of `prefork.config.Config` but for the workers'; a wrong one
-    raises ConfigError. Nothing is opened before it serves.
+    app is a native handler, `def handler(request)` or `async def handler(request)`, or
+    a WSGI app; interface says which, by default by its parameters. The options are
+    those of `prefork.config.Config` but for the workers'; a wrong one raises
+    ConfigError. Nothing is opened before it serves.
     """
 
     def __init__(self, app: Any, **options: Any) -> None:
@@ -75,6 +103,14 @@ class Server:
             raise ConfigError(f"app must be callable, not {app!r}")
         self.app = app
         self.config = Config.load(options, SERVER)
+        self.interface = self.config.interface
+        if self.interface == "auto":
+            self.interface = interface_of(app)
+        if self.interface == "asgi":
+            raise ConfigError(
+                "interface asgi is not available in this version; write a native "
+                "handler (async def handler(request)), or a WSGI app"
+            )
         self.address: Any = None
         self._desk: Desk | None = None
         self._own: list[listeners.Listener] = []
@@ -143,7 +179,7 @@ class Server:
         on_master_death: Callable[[], object] | None,
         own: list[listeners.Listener],
     ) -> None:
-        core = _core.Loop(**loop_options(self.config))
+        core = _core.Loop(**loop_options(self.config, self.interface))
         if self._seat is not None:
             core.attach(*self._seat)
         desk = self._open_desk(core)
@@ -178,13 +214,20 @@ class Server:
             config.max_request_body_size,
         )
         logger = log.error_logger(config.logger, config.log_level)
-        desk = desk_for(self.app, core, hooks, logger)
+        desk = self._make_desk(core, hooks, logger)
         with self._lock:
             if self._desk is not None:
                 core.shut()
                 raise RuntimeError("this Server serves already")
             self._desk = desk
         return desk
+
+    def _make_desk(self, core: _core.Loop, hooks: Hooks, logger: log.Logger) -> Desk:
+        config = self.config
+        if self.interface == "native":
+            return desk_for(self.app, core, hooks, logger, config.threads)
+        manners = Manners(config.root_path, config.header_map, self._seat is not None)
+        return WsgiDesk(self.app, core, hooks, logger, config.threads, manners)
 
     def _drain(self, desk: Desk, own: list[listeners.Listener]) -> None:
         """Stop accepting and finish; in the loop's thread.

@@ -22,7 +22,6 @@ import contextlib
 import difflib
 import gc
 import importlib
-import inspect
 import json
 import os
 import select
@@ -612,30 +611,6 @@ def _missing(module: Any, path: str, part: str, found: Any) -> str:
     close = difflib.get_close_matches(part, dir(found), n=1)
     remedy = f"did you mean {close[0]}?" if close else "check the name"
     return f"module {module.__name__} has no {path}; {remedy}"
-
-
-INTERFACES = {1: "native", 2: "wsgi", 3: "asgi"}
-
-
-def interface_of(app: Any) -> str:
-    """native, wsgi or asgi, told by how many parameters the app must be given.
-
-    handler(request), app(environ, start_response), app(scope, receive, send). Raises
-    ConfigError if that cannot be told.
-    """
-    try:
-        parameters = inspect.signature(app).parameters.values()
-    except (TypeError, ValueError):
-        parameters = ()  # type: ignore[assignment]
-    positional = [p for p in parameters if p.kind in (0, 1) and p.default is p.empty]
-    interface = INTERFACES.get(len(positional))
-    if interface is None:
-        name = getattr(app, "__qualname__", type(app).__qualname__)
-        raise ConfigError(
-            f"cannot tell the interface of {name} by its {len(positional)} parameters; "
-            "use --interface native, wsgi or asgi"
-        )
-    return interface
 
 
 enlist()

@@ -58,7 +58,7 @@ field(pf__answer *a, const char *name, const char *value)
 static int
 begin(pf__answer *a, int status, int64_t length)
 {
-    return pf__response_begin(&pool, &out, a, status, length);
+    return pf__response_begin(&pool, &out, a, status, NULL, 0, length);
 }
 
 static void

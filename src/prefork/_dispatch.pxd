@@ -1,0 +1,50 @@
+# cython: language_level=3
+"""From the loop's events to handlers. The theory stands in _dispatch.pyx."""
+from prefork cimport _core
+from prefork._core cimport Crew, Loop, Request, pf_event, pf_request
+
+
+cdef class Held:
+    cdef pf_event event
+
+
+cdef class Dispatcher:
+    cdef readonly Loop loop
+    cdef object handler
+    cdef readonly object desk
+    cdef bint simple
+    cdef object fatal
+    cdef readonly bint drained
+    cdef int at         # the next event of the batch at hand
+    cdef int count      # of its events
+    cdef list held      # events put aside while a handler waited
+    # Of a crew; all of it is read and written under the GIL.
+    cdef readonly Crew crew     # None: one thread
+    cdef unsigned long leader   # the thread that may touch the loop; 0: nobody yet
+    cdef bint inside            # the leader is in a handler: the loop may be taken over
+    cdef Request current        # whose handler that is
+    cdef int standing           # threads that stand by
+    cdef bint coming            # one of them was called and has not looked yet
+    cdef int eager              # > 0: handlers block, so the loop is handed on at once
+    cdef object waiting         # jobs that found every thread at work
+    cdef bint over
+    cdef object on_over         # called once, when the crew has nothing more to do
+
+    cdef Request make(self)
+    cdef int perform(self, Request request) except -1
+    cdef int next_event(self, int timeout_ms) except -1
+    cdef int handle(self, pf_event *event) except -1
+    cdef int dispatch(self, pf_event *event) except -1
+    cdef int begin(self, pf_event *event) except -1
+    cdef int tell(self, Request request, unsigned flags, int code) except -1
+    cdef int run_calls(self) except -1
+    cdef int put_aside(self) except -1
+    cdef int pump(self, pf_request *loan) except -1
+    cdef bint leads(self)
+    cdef int enter(self, Request request) except -1
+    cdef bint leave(self) except -1
+    cdef int expect_to_block(self) except -1
+    cdef bint claim(self) except -1
+    cdef int lead(self) except -1
+    cpdef int turn(self, int timeout_ms) except -1
+    cpdef int serve(self, Request request) except -1

@@ -1,0 +1,23 @@
+from collections.abc import Callable
+from typing import Any
+
+from prefork import _core
+
+class Dispatcher:
+    @property
+    def drained(self) -> bool: ...
+    def __init__(
+        self, loop: _core.Loop, handler: Any, desk: Any, simple: bool
+    ) -> None: ...
+    def run(self) -> None: ...
+    def run_crew(
+        self, threads: int, start: Callable[[Callable[[], None]], Any]
+    ) -> None: ...
+    def turn(self, timeout_ms: int) -> int: ...
+    def serve(self, request: _core.Request) -> int: ...
+    def apart(
+        self,
+        request: _core.Request,
+        function: Callable[[], Any],
+        then: Callable[[Any, BaseException | None], object],
+    ) -> tuple[bool, Any, BaseException | None]: ...

@@ -1,0 +1,393 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+"""From the loop's events to handlers, by one thread or by a crew of them.
+
+One thread: it waits on the loop and runs the handlers of each batch. What a handler
+waits for (room in its socket, the rest of its body) it waits for by turning the loop
+itself; events of others are put aside until it is done.
+
+A crew: the thread that *leads* does the same, so a fast handler pays for no hand-off.
+But while it is inside a handler, any other thread that holds the GIL may *claim* the
+lead, with the rest of the batch and the loop: that the GIL is to be had says that the
+handler waits for something. Whoever has lost the lead runs its handler to the end and
+has the answer written by who leads then (Loop.call). A watcher claims it from a handler
+that stalls (crew.c). Where handlers keep blocking, a thread is called before each of
+them (`eager`), so all can block at the same time; where they stop, that stops.
+
+There is a thread more than handlers may run at a time: the last one that is left keeps
+the loop and runs none, so accepting, timing out and writing go on whatever handlers do.
+
+All of this state is guarded by the GIL alone, and handlers are the only places where
+the leader lets go of it with `inside` set.
+"""
+import threading
+from collections import deque
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF
+from libc.stdint cimport int64_t
+
+from prefork._core cimport (
+    PF_CREW_CALLED,
+    PF_CREW_CLOSED,
+    PF_EVENT_BODY,
+    PF_EVENT_CLOSED,
+    PF_EVENT_DRAINED,
+    PF_EVENT_READABLE,
+    PF_EVENT_REFUSED,
+    PF_EVENT_RELEASED,
+    PF_EVENT_REQUEST,
+    PF_EVENT_WOKEN,
+    PF_EVENT_WRITABLE,
+)
+
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident()
+
+
+cdef enum:
+    BATCH_MS = 1     # how long finished answers wait for others in their batch
+    EAGER_MORE = 16  # handlers that must not block until one that did is forgotten
+    EAGER_MOST = 64
+
+
+cdef class Held:
+    """An event that waits for its turn."""
+
+
+cdef class Dispatcher:
+    """Hands the loop's events to the handler, in the thread that leads.
+
+    simple: a handler is called as soon as its request is lent whole. desk takes the
+    rest: native.Desk. An interface overrides make() and perform().
+    """
+
+    def __init__(self, Loop loop, handler, desk, bint simple):
+        self.loop = loop
+        self.handler = handler
+        self.desk = loop.desk = desk
+        self.simple = simple
+        self.held = []
+        self.waiting = deque()
+
+    # ---- One thread ----
+
+    def run(self):
+        """Serve until the loop has drained, or notices have come."""
+        while not self.drained:
+            if self.turn(-1) == 0:
+                PyErr_CheckSignals()
+
+    cpdef int turn(self, int timeout_ms) except -1:
+        """One turn of the loop: wait, then handle the batch. Returns its size."""
+        cdef int count
+        while self.held:
+            self.next_event(timeout_ms)
+        self.count = count = self.loop.wait_batch(timeout_ms)
+        self.at = 0
+        cdef int64_t since = self.loop.now()
+        while self.at < self.count:
+            self.at += 1
+            self.handle(&self.loop.events[self.at - 1])
+            if self.loop.now() - since >= BATCH_MS and self.at < self.count:
+                self.loop.flush()
+                since = self.loop.now()
+        self.raise_fatal()
+        return count
+
+    def raise_fatal(self):
+        """What ended a handler and is to end the server, too."""
+        if self.fatal is not None:
+            error, self.fatal = self.fatal, None
+            raise error
+
+    cdef int next_event(self, int timeout_ms) except -1:
+        """Handle one event: one that was put aside, one of the batch, or a new one."""
+        cdef Held held
+        if self.loop.calls:
+            self.run_calls()
+            return 0
+        if self.held:
+            held = self.held.pop(0)
+            return self.handle(&held.event)
+        if self.at == self.count:
+            self.at = self.count = 0
+            self.count = self.loop.wait_batch(timeout_ms)
+            if not self.simple and self.desk.has_notices:
+                self.desk.take_notices()
+        if self.at < self.count:
+            self.at += 1
+            self.handle(&self.loop.events[self.at - 1])
+        return 0
+
+    cdef int handle(self, pf_event *event) except -1:
+        """Dispatch; who raises does so when the others have had their answers."""
+        try:
+            self.dispatch(event)
+        except BaseException as error:
+            self.fatal = error
+        return 0
+
+    cdef int run_calls(self) except -1:
+        """Run what other threads asked for, as long as this one leads."""
+        while self.loop.calls and self.leads():
+            function, arguments = self.loop.calls.popleft()
+            function(*arguments)
+        return 0
+
+    cdef int put_aside(self) except -1:
+        """Keep the rest of the batch: a handler needs the loop."""
+        cdef Held held
+        while self.at < self.count:
+            held = Held.__new__(Held)
+            held.event = self.loop.events[self.at]
+            self.at += 1
+            self.held.append(held)
+        return 0
+
+    cdef int pump(self, pf_request *loan) except -1:
+        """A turn of the loop amid a handler, for the loan it waits for."""
+        cdef pf_event *event
+        cdef Held held
+        self.put_aside()
+        self.at = self.count = self.loop.wait_batch(-1)
+        for i in range(self.count):
+            event = &self.loop.events[i]
+            if event.request == loan or event.flags & (PF_EVENT_WOKEN
+                                                       | PF_EVENT_RELEASED):
+                self.dispatch(event)
+            else:
+                held = Held.__new__(Held)
+                held.event = event[0]
+                self.held.append(held)
+        if self.count == 0:
+            PyErr_CheckSignals()
+        return 0
+
+    # ---- Events ----
+
+    cdef int dispatch(self, pf_event *event) except -1:
+        cdef unsigned flags = event.flags
+        if flags & PF_EVENT_REQUEST:
+            self.begin(event)
+        elif flags & PF_EVENT_RELEASED:
+            Py_DECREF(<object>event.user)
+        elif event.request is not NULL:
+            self.tell(<Request>event.user, flags, event.code)
+        elif flags & PF_EVENT_WOKEN:
+            if self.crew is None:
+                PyErr_CheckSignals()
+            self.run_calls()
+        elif flags & PF_EVENT_DRAINED:
+            self.drained = True
+        elif flags & PF_EVENT_READABLE:
+            self.desk.readable(event.code)
+        return 0
+
+    cdef Request make(self):
+        """A request object of the interface's kind."""
+        return Request.__new__(Request)
+
+    cdef int begin(self, pf_event *event) except -1:
+        """A request is on loan."""
+        cdef Request request = self.make()
+        request.lend(self.loop, event.request)
+        if event.flags & PF_EVENT_CLOSED:
+            request.drop()
+        elif event.flags & PF_EVENT_REFUSED:
+            self.desk.refused(request, event.code)
+        elif self.simple and request.is_whole():
+            self.serve(request)
+        else:
+            self.desk.begin(request)
+        return 0
+
+    cdef int tell(self, Request request, unsigned flags, int code) except -1:
+        """Something happened to a loan that an exchange follows."""
+        cdef object exchange = request.exchange
+        if exchange is None:
+            request.drop()
+            return 0
+        try:
+            if flags & PF_EVENT_CLOSED:
+                exchange.on_closed(code)
+                return 0
+            if flags & PF_EVENT_BODY:
+                exchange.on_body()
+            if flags & PF_EVENT_WRITABLE:
+                exchange.on_writable()
+        except Exception as error:
+            self.desk.failed(request, error)
+        return 0
+
+    cpdef int serve(self, Request request) except -1:
+        """Call the handler, or have it called by the thread that is free next."""
+        if self.crew is None or self.standing > 0:
+            return self.perform(request)
+        request.hold()
+        request.detach()
+        self.waiting.append((self.perform_later, request))
+        return 0
+
+    def perform_later(self, Request request not None):
+        """The handler of a request that found every thread at work."""
+        if request.loan is not NULL:
+            self.perform(request)
+
+    cdef int perform(self, Request request) except -1:
+        """Call the handler, between enter() and leave(), and answer."""
+        raise NotImplementedError
+
+    def apart(self, request, function, then):
+        """Call function() as handlers are called, then(result, error) where that leads.
+
+        Returns (True, result, error) if it was called at once and this thread still
+        leads: then() is not called. Else (False, None, None), and then() is.
+        """
+        if self.crew is not None and self.standing == 0 and self.leads():
+            (<Request>request).hold()
+            (<Request>request).detach()
+            self.waiting.append((self.apart, request, function, then))
+            return False, None, None
+        result = error = None
+        self.enter(request)
+        try:
+            result = function()
+        except BaseException as raised:
+            error = raised
+        if self.leave():
+            return True, result, error
+        self.post(then, result, error)
+        return False, None, None
+
+    # ---- A crew ----
+
+    cdef bint leads(self):
+        """Whether this thread may touch the loop."""
+        return self.crew is None or self.leader == PyThread_get_thread_ident()
+
+    cdef int enter(self, Request request) except -1:
+        """A handler begins: while it runs, the lead may be claimed."""
+        if self.crew is None or self.leader != PyThread_get_thread_ident():
+            return 0
+        self.current = request
+        self.inside = True
+        self.crew.begin()
+        if self.eager > 0 and not self.coming:
+            self.coming = self.crew.call()
+        return 0
+
+    cdef bint leave(self) except -1:
+        """It has ended. False: somebody else leads."""
+        cdef int64_t before
+        if self.crew is None:
+            return True
+        if self.leader != PyThread_get_thread_ident():
+            return False
+        if not self.inside:
+            return True
+        self.crew.end()
+        self.inside = False
+        self.current = None
+        if self.eager > 0:
+            before = self.loop.now()
+            if self.loop.touch() - before < BATCH_MS:
+                self.eager -= 1
+        return True
+
+    cdef int expect_to_block(self) except -1:
+        """Inside a handler that is about to wait: have somebody take over."""
+        if self.inside and self.leads() and not self.coming:
+            self.coming = self.crew.call()
+        return 0
+
+    cdef bint claim(self) except -1:
+        """Take the lead from a handler that waits for something."""
+        cdef Request request = self.current
+        if not self.inside or self.over:
+            return False
+        self.leader = PyThread_get_thread_ident()
+        self.inside = False
+        self.current = None
+        self.crew.end()
+        self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
+        if request is not None and request.loan is not NULL:
+            request.hold()
+            request.detach()
+        return True
+
+    cdef int lead(self) except -1:
+        """Turn the loop and run handlers, until somebody else leads."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        cdef int64_t since = self.loop.now()
+        while self.leader == me and not self.over:
+            if self.at == self.count:
+                since = self.loop.now()
+            elif self.loop.now() - since >= BATCH_MS:
+                self.loop.flush()
+                since = self.loop.now()
+            self.next_event(-1)
+            if self.fatal is not None or (self.drained and self.leader == me):
+                self.stop()
+        return 0
+
+    def work(self):
+        """The life of one thread of the crew."""
+        try:
+            self.stand_and_lead()
+        except BaseException as error:
+            self.fatal = error
+            self.stop()
+
+    def stand_and_lead(self):
+        cdef int reason
+        if self.leader == 0:
+            self.leader = PyThread_get_thread_ident()
+            self.lead()
+        while not self.over:
+            if self.claim():
+                self.lead()
+                continue
+            if self.waiting:
+                method, *arguments = self.waiting.popleft()
+                method(*arguments)
+                continue
+            self.standing += 1
+            try:
+                reason = self.crew.stand_by()
+            finally:
+                self.standing -= 1
+            if reason == PF_CREW_CALLED:
+                self.coming = False
+            elif reason == PF_CREW_CLOSED:
+                return
+
+    def stop(self):
+        """The crew has nothing more to do. Any thread of it."""
+        if not self.over:
+            self.over = True
+            self.crew.close()
+            self.on_over()
+
+    def run_crew(self, int threads, start):
+        """Serve with so many handlers at a time until the loop has drained.
+
+        start(function) starts and returns a thread. The thread that calls this waits;
+        it answers signals, and runs nothing.
+        """
+        ended = threading.Lock()
+        ended.acquire()
+        self.on_over = ended.release
+        self.crew = Crew()
+        started = [start(self.work) for _ in range(threads + 1)]
+        ended.acquire()
+        self.raise_fatal()
+        for thread in started:
+            thread.join()
+
+    def post(self, function, *arguments):
+        """Have who leads call function(). Any thread of the crew."""
+        try:
+            self.loop.call(function, *arguments)
+        except OSError:
+            pass  # the server has ended, and with it whom this was for

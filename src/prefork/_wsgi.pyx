@@ -1,0 +1,844 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+"""WSGI (PEP 3333): from a request to environ, one call, and an answer.
+
+environ is a copy of a template whose keys are all there already, so that filling it in
+moves nothing. An Answer is what the app knows as start_response, and follows the
+request to its end, through whichever thread: what touches the loop is done at once if
+this thread leads, else posted to the one that does.
+"""
+import io
+import sys
+import threading
+from urllib.parse import unquote_to_bytes
+
+cimport cython
+from cpython.bytes cimport PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
+from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
+from cpython.unicode cimport PyUnicode_DecodeLatin1
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memchr, memcmp, memcpy
+
+from prefork import _core as core
+from prefork.errors import ClientDisconnected, ProtocolError, RequestError
+
+from prefork cimport _dispatch, _native
+from prefork._core cimport (
+    PF_FIELD_COOKIE,
+    PF_FIELD_OTHER,
+    PF_HEAD_CHUNKED,
+    PF_HEAD_IS_GET,
+    Request,
+    latin,
+    pf_field,
+    pf_head,
+    pf_http_hash,
+    pf_peer,
+)
+
+
+cdef extern from "Python.h":
+    object PyUnicode_FromStringAndSize(const char *text, Py_ssize_t size)
+
+
+cdef enum:
+    HIGH_WATER = 65536  # bytes pending above which a handler waits for room
+    PULL_MS = 1         # so long an iterable is pulled before others have their turn
+    NAME_MAX = 256      # of a field name that becomes a key without a detour
+    BLOCKS = 128        # of header fields that are remembered
+    BLOCK_MAX = 4096    # bytes of one
+    AF_UNIX = 1
+
+cdef str HTTP_1_0 = sys.intern("HTTP/1.0")
+cdef str GET = sys.intern("GET")
+cdef str SLASH = sys.intern("/")
+cdef str EMPTY = ""
+
+cdef str METHOD = sys.intern("REQUEST_METHOD")
+cdef str RAW_URI = sys.intern("RAW_URI")
+cdef str REQUEST_URI = sys.intern("REQUEST_URI")
+cdef str SCRIPT_NAME = sys.intern("SCRIPT_NAME")
+cdef str PATH_INFO = sys.intern("PATH_INFO")
+cdef str QUERY_STRING = sys.intern("QUERY_STRING")
+cdef str PROTOCOL = sys.intern("SERVER_PROTOCOL")
+cdef str SERVER_NAME = sys.intern("SERVER_NAME")
+cdef str SERVER_PORT = sys.intern("SERVER_PORT")
+cdef str REMOTE_ADDR = sys.intern("REMOTE_ADDR")
+cdef str REMOTE_PORT = sys.intern("REMOTE_PORT")
+cdef str CONTENT_TYPE = sys.intern("CONTENT_TYPE")
+cdef str CONTENT_LENGTH = sys.intern("CONTENT_LENGTH")
+cdef str INPUT = sys.intern("wsgi.input")
+cdef str EARLY_HINTS = sys.intern("wsgi.early_hints")
+
+
+def key_of(name):
+    """The environ key of a field: HTTP_ACCEPT for accept."""
+    if name in ("content-type", "content-length"):
+        return sys.intern(name.upper().replace("-", "_"))
+    return sys.intern("HTTP_" + name.upper().replace("-", "_"))
+
+
+cdef tuple KEYS = tuple([key_of(name) for name in core.FIELD_NAMES_KNOWN])
+
+
+def template(multithread, multiprocess, errors, software, root_path=""):
+    """What all environs have in common, and a place for what they have not."""
+    return {
+        METHOD: GET, SCRIPT_NAME: root_path, PATH_INFO: SLASH, QUERY_STRING: EMPTY,
+        RAW_URI: SLASH, REQUEST_URI: SLASH, PROTOCOL: sys.intern("HTTP/1.1"),
+        SERVER_NAME: EMPTY, SERVER_PORT: EMPTY, REMOTE_ADDR: EMPTY, REMOTE_PORT: EMPTY,
+        "SERVER_SOFTWARE": software, "wsgi.version": (1, 0), "wsgi.url_scheme": "http",
+        INPUT: None, "wsgi.errors": errors, "wsgi.multithread": multithread,
+        "wsgi.multiprocess": multiprocess, "wsgi.run_once": False,
+        "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
+        EARLY_HINTS: None,
+    }
+
+
+# ---- environ ----
+
+cdef str latin_text(const char *text, Py_ssize_t size):
+    return PyUnicode_DecodeLatin1(text, size, NULL)
+
+
+cdef str port_text(unsigned port):
+    cdef char digits[8]
+    cdef int at = 8
+    while True:
+        at -= 1
+        digits[at] = <char>(c"0" + port % 10)
+        port //= 10
+        if port == 0:
+            return PyUnicode_FromStringAndSize(digits + at, 8 - at)
+
+
+cdef object other_key(const char *name, Py_ssize_t size):
+    """HTTP_X_Y for x-y; None if it has an underscore, which would be the same."""
+    cdef char key[NAME_MAX + 5]
+    cdef Py_ssize_t i
+    cdef char c
+    if size > NAME_MAX:
+        if memchr(name, c"_", size) is not NULL:
+            return None
+        return key_of(latin_text(name, size))
+    key[0], key[1], key[2], key[3], key[4] = c"H", c"T", c"T", c"P", c"_"
+    for i in range(size):
+        c = name[i]
+        if c == c"_":
+            return None
+        if c"a" <= c <= c"z":
+            c -= 32
+        elif c == c"-":
+            c = c"_"
+        key[5 + i] = c
+    return PyUnicode_FromStringAndSize(key, size + 5)
+
+
+cdef bint same_host(const pf_peer *a, const pf_peer *b):
+    return a.family == b.family and memcmp(a.bytes, b.bytes, 16) == 0
+
+
+cdef struct Block:  # of header fields that came at least twice
+    uint64_t hash
+    char *bytes
+    size_t size
+    PyObject *environ  # the template with its fields
+
+
+cdef class Dispatcher(_dispatch.Dispatcher):
+    """Calls WSGI apps.
+
+    Clients repeat their header fields, whatever they ask for: environs begin as a copy
+    of one that was made for the same bytes.
+    """
+
+    cdef dict template
+    cdef str root_path
+    cdef str header_map   # what becomes of names with underscores
+    cdef dict hosts       # addresses as text, by their bytes
+    cdef pf_peer remote   # the ends that stand in the template
+    cdef pf_peer local
+    cdef bint template_ends
+    cdef Block blocks[BLOCKS]
+    cdef object last_status
+    cdef int last_code
+    cdef bytes last_reason
+
+    def configure(self, dict template, str root_path, str header_map):
+        """What environs are made from; before run()."""
+        self.template = template
+        self.root_path = root_path
+        self.header_map = header_map
+        self.hosts = {}
+
+    cdef Request make(self):
+        return _native.Request.__new__(_native.Request)
+
+    cdef str host_text(self, const pf_peer *peer):
+        """An address as text."""
+        cdef bytes key = peer.bytes[:16]
+        cdef PyObject *found = PyDict_GetItem(self.hosts, key)
+        if found is not NULL:
+            return <str><object>found
+        if len(self.hosts) >= 4096:
+            self.hosts.clear()
+        self.hosts[key] = text = core.host_of(key, peer.family)
+        return text
+
+    cdef int set_ends(self, dict environ, Request request) except -1:
+        """REMOTE_* and SERVER_*, where they are not those of the template."""
+        cdef pf_peer remote, local
+        request.ends(&remote, &local)
+        if self.template_ends == 0:
+            self.adopt_ends(environ, &remote, &local)
+        if remote.family > AF_UNIX:
+            if not same_host(&remote, &self.remote):
+                PyDict_SetItem(environ, REMOTE_ADDR, self.host_text(&remote))
+            PyDict_SetItem(environ, REMOTE_PORT, port_text(remote.port))
+        elif self.remote.family > AF_UNIX:
+            PyDict_SetItem(environ, REMOTE_ADDR, EMPTY)
+        if not same_host(&local, &self.local) or local.port != self.local.port:
+            named = local.family > AF_UNIX
+            environ[SERVER_NAME] = self.host_text(&local) if named else EMPTY
+            environ[SERVER_PORT] = port_text(local.port) if named else EMPTY
+        return 0
+
+    cdef int adopt_ends(self, dict environ, const pf_peer *remote,
+                        const pf_peer *local) except -1:
+        """The first request's ends are likely to be those of many: a proxy's, ours."""
+        self.template_ends = 1
+        self.remote, self.local = remote[0], local[0]
+        for name, peer in ((REMOTE_ADDR, 0), (SERVER_NAME, 1)):
+            end = &self.local if peer else &self.remote
+            text = self.host_text(end) if end.family > AF_UNIX else EMPTY
+            self.template[name] = environ[name] = text
+        if local.family > AF_UNIX:
+            text = port_text(local.port)
+            self.template[SERVER_PORT] = environ[SERVER_PORT] = text
+        return 0
+
+    cdef int set_path(self, dict environ, const pf_head *head,
+                      const char *data) except -1:
+        cdef str path, target
+        if head.target.len != 1:
+            target = latin_text(data + head.target.at, head.target.len)
+            PyDict_SetItem(environ, RAW_URI, target)
+            PyDict_SetItem(environ, REQUEST_URI, target)
+        if head.query.len > 0:
+            PyDict_SetItem(environ, QUERY_STRING,
+                           latin_text(data + head.query.at, head.query.len))
+        if head.path.len == 0 or (head.path.len == 1 and data[head.path.at] == c"/"):
+            path = SLASH
+        elif memchr(data + head.path.at, c"%", head.path.len) is NULL:
+            path = latin_text(data + head.path.at, head.path.len)
+        else:
+            raw = data[head.path.at:head.path.at + head.path.len]
+            path = unquote_to_bytes(raw).decode("latin-1")
+        if self.root_path:
+            path = self.under_root(path)
+        if path is not SLASH:
+            PyDict_SetItem(environ, PATH_INFO, path)
+        return 0
+
+    cdef str under_root(self, str path):
+        """The rest behind root_path; all of it if a proxy has taken that off."""
+        if path == self.root_path or path.startswith(self.root_path + "/"):
+            return path[len(self.root_path):]
+        return path
+
+    cdef int set_fields(self, dict environ, const pf_head *head,
+                        const char *data) except -1:
+        cdef const pf_field *field
+        cdef uint64_t seen = 0
+        cdef object key
+        cdef str value
+        for i in range(head.nfields):
+            field = &head.fields[i]
+            value = latin_text(data + field.value_at, field.value_len)
+            if field.id != PF_FIELD_OTHER:
+                key = KEYS[field.id]
+                if seen >> field.id & 1:
+                    glue = "; " if field.id == PF_FIELD_COOKIE else ","
+                    value = <str>environ[key] + glue + value
+                seen |= <uint64_t>1 << field.id
+            else:
+                key = other_key(data + field.name_at, field.name_len)
+                if key is None:
+                    key = self.underscored(latin_text(data + field.name_at,
+                                                      field.name_len))
+                    if key is None:
+                        continue
+                if PyDict_GetItem(environ, key) is not NULL:
+                    value = <str>environ[key] + "," + value
+            PyDict_SetItem(environ, key, value)
+        return 0
+
+    cdef object underscored(self, str name):
+        """Its underscore makes it the same as another name: see header_map."""
+        if self.header_map == "drop":
+            return None
+        if self.header_map == "refuse":
+            raise RequestError(f"header field name with an underscore: {name}", 400)
+        return key_of(name.lower())
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(BLOCKS):
+            self.forget(&self.blocks[i])
+
+    cdef void forget(self, Block *block) noexcept:
+        free(block.bytes)
+        Py_XDECREF(block.environ)
+        block.bytes, block.environ = NULL, NULL
+
+    cdef dict with_fields(self, const pf_head *head, const char *data):
+        """A copy of the template with the header fields of this head."""
+        cdef dict environ
+        cdef const char *bytes = data + head.fields[0].name_at
+        cdef size_t size = head.size - head.fields[0].name_at
+        cdef uint64_t hash
+        cdef Block *block
+        if head.nfields == 0 or size > BLOCK_MAX:
+            environ = PyDict_Copy(self.template)
+            self.set_fields(environ, head, data)
+            return environ
+        hash = pf_http_hash(bytes, size)
+        block = &self.blocks[hash % BLOCKS]
+        if block.hash == hash and block.size == size and block.bytes is not NULL:
+            if memcmp(block.bytes, bytes, size) == 0:
+                return PyDict_Copy(<dict>block.environ)
+        environ = PyDict_Copy(self.template)
+        self.set_fields(environ, head, data)
+        if block.hash == hash and block.size == size:
+            self.remember(block, environ, bytes, size)
+        else:  # for the first time: it may never come again
+            self.forget(block)
+            block.hash, block.size = hash, size
+        return environ
+
+    cdef int remember(self, Block *block, dict environ, const char *bytes,
+                      size_t size) except -1:
+        self.forget(block)
+        block.bytes = <char *>malloc(size)
+        if block.bytes is NULL:
+            raise MemoryError
+        memcpy(block.bytes, bytes, size)
+        environ = PyDict_Copy(environ)
+        Py_INCREF(environ)
+        block.environ = <PyObject *>environ
+        return 0
+
+    cdef dict environ(self, Request request, Answer answer):
+        """PEP 3333's environ of a request on loan."""
+        cdef const pf_head *head = request.head
+        cdef const char *data = request.bytes()
+        cdef dict environ = self.with_fields(head, data)
+        if not head.flags & PF_HEAD_IS_GET:
+            PyDict_SetItem(environ, METHOD, latin_text(data + head.method.at,
+                                                       head.method.len))
+        if head.minor == 0:
+            PyDict_SetItem(environ, PROTOCOL, HTTP_1_0)
+        self.set_path(environ, head, data)
+        self.set_ends(environ, request)
+        cdef Input body = Input.__new__(Input)
+        body.answer = answer
+        if head.flags & PF_HEAD_CHUNKED or head.content_length > 0:
+            self.take_body(environ, request, body)
+        PyDict_SetItem(environ, INPUT, body)
+        cdef EarlyHints hints = EarlyHints.__new__(EarlyHints)
+        hints.answer = answer
+        PyDict_SetItem(environ, EARLY_HINTS, hints)
+        return environ
+
+    cdef int take_body(self, dict environ, Request request, Input body) except -1:
+        """All of it that is here; a chunked one has a length then, RFC 9112 7.1.3."""
+        if not request.is_whole():
+            body.awaited = True
+            return 0
+        size = body.take(request)
+        if request.head.flags & PF_HEAD_CHUNKED:
+            environ[CONTENT_LENGTH] = str(size)
+            environ.pop("HTTP_TRANSFER_ENCODING", None)
+        return 0
+
+    # ---- The call ----
+
+    cdef int perform(self, Request request) except -1:
+        cdef Answer answer = Answer.__new__(Answer)
+        cdef bytes body
+        answer.request = request
+        answer.dispatcher = self
+        try:
+            environ = self.environ(request, answer)
+            if self.crew is not None:
+                request.exchange = answer
+                self.enter(request)
+            result = self.handler(environ, answer)
+            body = answer.only_part(result)
+            if body is None:
+                answer.deliver(result)
+            elif self.crew is None:
+                self.loop.touch()
+                answer.complete_now(body)
+            elif self.leave():
+                answer.end_now(body, None)
+            else:
+                self.post(answer.end_now, body, None)
+        except BaseException as error:
+            answer.fail(error)
+        return 0
+
+    cdef int read_status(self, str status) except -1:
+        """The code and the reason phrase of "200 OK", kept for the next time."""
+        if status is self.last_status:
+            return 0
+        if len(status) < 4 or status[3] != " " or not status[:3].isdecimal():
+            raise ProtocolError(f"status must be like '200 OK', not {status!r}")
+        self.last_code = int(status[:3])
+        self.last_reason = latin(status[4:])
+        if self.last_code == 200 and self.last_reason == b"OK":
+            self.last_reason = None
+        self.last_status = status
+        return 0
+
+
+# ---- The answer ----
+
+@cython.freelist(64)
+cdef class Answer:
+    """start_response(status, headers, exc_info=None) of one request, and its state.
+
+    The app's thread calls send(), finish() and fail(); what is named .._now() belongs
+    to the thread that leads, which the app's may be. Raises TypeError, AssertionError
+    and ProtocolError where PEP 3333 forbids what the app does.
+    """
+
+    cdef Request request
+    cdef Dispatcher dispatcher
+    cdef object status
+    cdef object fields
+    cdef bint committed   # the app has sent body bytes
+    cdef bint begun       # the head is on its way
+    cdef bint head        # all of the answer is its head
+    cdef object error     # why nothing more can be sent, or received
+    cdef int64_t written  # bytes of the body
+    cdef int64_t pending  # of them, not taken by the socket, as far as known
+    cdef int64_t posted   # and not yet seen by who leads
+    cdef object parts     # the iterator that the app returned
+    cdef object closing   # close() of what the app returned
+    cdef bint waits       # the app's thread waits for an event
+    cdef object gate      # a lock, at which it does so in a crew
+
+    # -- what apps call --
+
+    def __call__(self, status, headers=None, exc_info=None):
+        """start_response(status, headers, exc_info=None), and write(data), too.
+
+        Hardly any app calls write(), so what it would be is not made for it.
+        """
+        if type(status) is bytes and headers is None:
+            if status:
+                self.send(status)
+            return None
+        if type(status) is not str:
+            raise TypeError(f"status must be a str, not {status!r}")
+        if type(headers) is not list:
+            raise TypeError(f"headers must be a list of pairs, not {headers!r}")
+        if exc_info is not None:
+            self.replace(exc_info)
+        elif self.status is not None:
+            raise AssertionError("start_response() was called twice without exc_info")
+        self.status = status
+        self.fields = headers
+        return self
+
+    cdef int replace(self, exc_info) except -1:
+        """Another answer is to take the place of this one, if it is not too late."""
+        try:
+            if self.committed:
+                raise exc_info[1].with_traceback(exc_info[2])
+        finally:
+            exc_info = None  # PEP 3333: no circular reference
+        return 0
+
+    cdef int hint(self, list fields) except -1:
+        """An interim answer; in the app's thread."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        if not dispatcher.leads():
+            dispatcher.post(self.hint_now, fields)
+            return 0
+        dispatcher.leave()
+        try:
+            self.hint_now(fields)
+        finally:
+            dispatcher.enter(self.request)
+        return 0
+
+    def hint_now(self, fields):
+        if self.request.loan is not NULL and not self.begun:
+            core.Request.inform(self.request, 103, fields)
+
+    # -- the whole answer at once --
+
+    cdef bytes only_part(self, result):
+        """The body, if it is one piece or none, and nobody has to wait for it."""
+        cdef object part
+        if self.committed or self.status is None:
+            return None
+        if type(result) is not list and type(result) is not tuple:
+            return None
+        if len(result) == 1:
+            part = result[0]
+            return <bytes>part if type(part) is bytes else None
+        return None if len(result) else b""
+
+    cdef int complete_now(self, bytes body) except -1:
+        """Answer with a body that is whole."""
+        cdef Request request = self.request
+        self.start_now()
+        if request.announced() < 0:
+            return request.whole(body)
+        if not self.head:
+            request.put(body)
+        request.end()
+        return 0
+
+    # -- piece by piece --
+
+    cdef int deliver(self, result) except -1:
+        """Send what the app returned; in its thread."""
+        self.closing = getattr(result, "close", None)
+        try:
+            self.parts = iter(result)
+        except BaseException as error:
+            self.fail(error)
+            return 0
+        if self.dispatcher.crew is None:
+            self.pull()
+        else:
+            self.exhaust()
+        return 0
+
+    cdef int exhaust(self) except -1:
+        """All parts, in a thread that may wait."""
+        try:
+            for part in self.parts:
+                if self.checked(part):
+                    self.send(part)
+                    if self.head:
+                        break
+        except BaseException as error:
+            self.fail(error)
+            return 0
+        self.finish()
+        return 0
+
+    cdef int pull(self) except -1:
+        """As many as there is room and time for, in the only thread there is."""
+        cdef int64_t until = self.dispatcher.loop.touch() + PULL_MS
+        try:
+            for part in self.parts:
+                if not self.checked(part):
+                    continue
+                self.write_now(part)
+                if self.head:
+                    break
+                if self.pending >= HIGH_WATER or self.dispatcher.loop.touch() > until:
+                    self.request.attach(self)
+                    self.request.want_room()
+                    return 0
+        except BaseException as error:
+            self.fail(error)
+            return 0
+        self.finish()
+        return 0
+
+    cdef Py_ssize_t checked(self, part) except -1:
+        """How many bytes a part has."""
+        if type(part) is not bytes:
+            raise TypeError(f"a WSGI app returns bytes, not {part!r}")
+        return PyBytes_GET_SIZE(part)
+
+    cdef int send(self, bytes data) except -1:
+        """Send, and wait while too much is pending."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        cdef bint full
+        if self.error is not None:
+            raise self.error
+        self.committed = True
+        if not dispatcher.leads():
+            self.posted += PyBytes_GET_SIZE(data)
+            full = self.posted + self.pending >= HIGH_WATER
+            if full:
+                self.close_gate()
+            dispatcher.post(self.write_posted, data)
+        else:
+            dispatcher.leave()
+            try:
+                self.write_now(data)
+                full = self.pending >= HIGH_WATER
+                if full:
+                    self.close_gate()
+                    self.request.attach(self)
+                    self.request.want_room()
+            finally:
+                dispatcher.enter(self.request)
+        if full:
+            self.wait()
+        return 0
+
+    def write_posted(self, bytes data):
+        """What a thread sends that does not lead; it hears of errors later."""
+        self.posted -= PyBytes_GET_SIZE(data)
+        try:
+            self.write_now(data)
+            if self.waits and self.pending >= HIGH_WATER:
+                self.request.want_room()
+            elif self.posted + self.pending < HIGH_WATER:
+                self.open_gate()
+        except Exception as error:
+            self.error = error
+            self.open_gate()
+
+    cdef int write_now(self, bytes data) except -1:
+        """Write, and send at once, as PEP 3333 wants it, unless it is the last part."""
+        cdef Request request = self.request
+        if request.loan is NULL:
+            raise ClientDisconnected("the request is over")
+        if not self.begun:
+            self.start_now()
+        if self.head:
+            return 0
+        request.put(data)
+        self.written += PyBytes_GET_SIZE(data)
+        if self.written != request.announced():
+            self.dispatcher.loop.flush()
+        self.pending = request.unsent()
+        return 0
+
+    cdef int start_now(self) except -1:
+        """Begin the answer."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        cdef Request request = self.request
+        if self.status is None:
+            raise ProtocolError("the app did not call start_response()")
+        dispatcher.read_status(self.status)
+        request.start(dispatcher.last_code, dispatcher.last_reason, self.fields)
+        self.begun = True
+        self.head = (dispatcher.last_code == 204 or dispatcher.last_code == 304
+                     or request.asks_for_head())
+        return 0
+
+    # -- waiting --
+
+    cdef int close_gate(self) except -1:
+        """From now on the app's thread is going to wait."""
+        self.waits = True
+        if self.gate is None and self.dispatcher.crew is not None:
+            self.gate = threading.Lock()
+            self.gate.acquire()
+        return 0
+
+    cdef int open_gate(self) except -1:
+        if self.waits:
+            self.waits = False
+            if self.gate is not None:
+                self.gate.release()
+        return 0
+
+    cdef int wait(self) except -1:
+        """Until the gate is opened. In a crew somebody else leads meanwhile; the only
+        thread turns the loop itself."""
+        if self.gate is not None:
+            self.dispatcher.expect_to_block()
+            self.gate.acquire()
+        while self.waits:
+            self.dispatcher.pump(self.request.loan)
+        if self.error is not None:
+            raise self.error
+        return 0
+
+    cdef int await_body(self) except -1:
+        """Have the rest of the body read: a peer waits for 100 Continue."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        if self.error is not None:
+            raise self.error
+        self.close_gate()
+        if not dispatcher.leads():
+            dispatcher.post(self.want_body_now)
+        else:
+            dispatcher.leave()
+            try:
+                self.want_body_now()
+            finally:
+                dispatcher.enter(self.request)
+        self.wait()
+        return 0
+
+    def want_body_now(self):
+        if self.request.loan is NULL:
+            self.error = ClientDisconnected("the request is over")
+            self.open_gate()
+            return
+        self.request.attach(self)
+        self.request.want_body(True)
+
+    # -- events of the loan, told by who leads --
+
+    def on_body(self):
+        if self.request.content is None:
+            self.request.content = self.request.take_body()
+        self.open_gate()
+
+    def on_writable(self):
+        self.pending = 0
+        if self.waits:
+            self.open_gate()
+        elif self.dispatcher.crew is None and self.parts is not None:
+            self.pull()
+
+    def on_closed(self, code):
+        """The client has left, or its body is broken or late."""
+        self.error = core.error(code)
+        if self.waits or self.dispatcher.crew is not None:
+            self.open_gate()
+        else:
+            self.fail(self.error)
+
+    # -- the end --
+
+    cdef int finish(self) except -1:
+        """All is sent."""
+        self.conclude(None)
+        return 0
+
+    cdef int fail(self, error) except -1:
+        """The app has raised, or broken a rule."""
+        self.conclude(error)
+        return 0
+
+    cdef int conclude(self, error) except -1:
+        """End the loan where the lead is, then have the app clean up here."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        self.parts = None
+        if not dispatcher.leave():
+            dispatcher.post(self.end_now, None, error)
+            self.clean_up()
+            return 0
+        try:
+            self.end_now(None, error)
+        finally:
+            if self.closing is not None:
+                dispatcher.loop.flush()  # it may take its time
+                dispatcher.enter(self.request)
+                self.clean_up()
+                dispatcher.leave()
+        return 0
+
+    cpdef end_now(self, bytes body, error):
+        """End the loan: with a whole body, with what was sent, or with an error."""
+        cdef Request request = self.request
+        if request.loan is NULL:
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            return
+        try:
+            if error is None:
+                error = self.error
+            if error is not None:
+                raise error
+            if body is not None:
+                self.complete_now(body)
+            elif self.begun:
+                request.end()
+            else:
+                self.complete_now(b"")
+        except Exception as raised:
+            self.dispatcher.desk.failed(request, raised)
+        except BaseException:
+            self.dispatcher.desk.failed(request, None)
+            raise
+
+    cdef int clean_up(self) except -1:
+        """close() of what the app returned, which PEP 3333 owes on every path."""
+        closing, self.closing = self.closing, None
+        if closing is None:
+            return 0
+        try:
+            closing()
+        except Exception:
+            self.dispatcher.desk.logger.exception("close() of an answer failed")
+        return 0
+
+
+@cython.freelist(64)
+cdef class EarlyHints:
+    """wsgi.early_hints(headers): a 103 with these (name, value) pairs (RFC 8297)."""
+
+    cdef Answer answer
+
+    def __call__(self, headers):
+        self.answer.hint(list(headers))
+
+
+# ---- wsgi.input ----
+
+@cython.freelist(64)
+cdef class Input:
+    """wsgi.input: the request body as a file. Belongs to the app's thread.
+
+    It is all here before the app is called, in memory or in an unnamed temporary file,
+    unless the client waits for 100 Continue: then the first read asks for it.
+    """
+
+    cdef Answer answer
+    cdef bint awaited
+    cdef bytes content
+    cdef object file
+
+    cdef Py_ssize_t take(self, Request request) except -1:
+        """Take the body over from its request; returns its size."""
+        if request.content is None:
+            request.content = request.take_body()
+        self.content = request.content
+        return PyBytes_GET_SIZE(self.content)
+
+    cdef object opened(self):
+        if self.file is None:
+            if self.awaited:
+                self.awaited = False
+                self.answer.await_body()
+                self.take(self.answer.request)
+            self.file = io.BytesIO(self.content or b"")
+        return self.file
+
+    def read(self, size=-1):
+        """Up to size bytes, all if it is negative or None."""
+        return self.opened().read(size)
+
+    def readline(self, size=-1):
+        """A line with its end, or its first size bytes."""
+        return self.opened().readline(size)
+
+    def readlines(self, hint=-1):
+        """The lines; not many more than hint bytes of them."""
+        return self.opened().readlines(hint)
+
+    def __iter__(self):
+        return iter(self.opened())
+
+
+# ---- wsgi.file_wrapper ----
+
+class FileWrapper:
+    """wsgi.file_wrapper(file, block_size): the file in blocks, as an iterable."""
+
+    def __init__(self, file, block_size=65536):
+        self.file = file
+        self.block_size = block_size
+        if hasattr(file, "close"):
+            self.close = file.close
+
+    def __iter__(self):
+        return iter(lambda: self.file.read(self.block_size), b"")

@@ -1,0 +1,184 @@
+/* test_crew.c - who is woken when a handler stalls, or when somebody is called. */
+#undef NDEBUG
+#include "prefork.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { TICK_MS = 1, THREADS = 4 };
+
+static pf_crew *crew;
+static atomic_int woken[4]; /* by PF_CREW_* */
+static atomic_int ended;
+
+static void
+open_crew(void)
+{
+    assert(pf_crew_open(&crew, TICK_MS) == 0);
+    for (int i = 0; i < 4; i++)
+        atomic_store(&woken[i], 0);
+    atomic_store(&ended, 0);
+}
+
+/* Stands by for as long as it is called or told of a stall. */
+static void *
+stand_by(void *unused)
+{
+    int reason;
+    do {
+        reason = pf_crew_wait(crew);
+        assert(reason > 0);
+        atomic_fetch_add(&woken[reason], 1);
+    } while (reason != PF_CREW_CLOSED);
+    atomic_fetch_add(&ended, 1);
+    return unused;
+}
+
+static void
+pause_ms(long ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000};
+    nanosleep(&t, NULL);
+}
+
+static void
+await(atomic_int *counter, int least)
+{
+    for (int i = 0; i < 10000 && atomic_load(counter) < least; i++)
+        pause_ms(1);
+    assert(atomic_load(counter) >= least);
+}
+
+static void
+with_threads(void (*body)(void), int count)
+{
+    pthread_t threads[THREADS];
+    open_crew();
+    for (int i = 0; i < count; i++)
+        assert(pthread_create(&threads[i], NULL, stand_by, NULL) == 0);
+    body();
+    pf_crew_close(crew);
+    for (int i = 0; i < count; i++)
+        pthread_join(threads[i], NULL);
+    assert(atomic_load(&ended) == count);
+    pf_crew_free(crew);
+}
+
+static void
+stall(void)
+{
+    pf_crew_begin(crew);
+    await(&woken[PF_CREW_STALLED], 1);
+    pf_crew_end(crew);
+}
+
+static void
+a_handler_that_stalls_is_told(void)
+{
+    with_threads(stall, 2);
+    with_threads(stall, 1);
+}
+
+static void
+run_fast_handlers(void)
+{
+    for (int i = 0; i < 200000; i++) {
+        pf_crew_begin(crew);
+        pf_crew_end(crew);
+    }
+}
+
+static void
+fast_handlers_wake_nobody(void)
+{
+    with_threads(run_fast_handlers, 2);
+    assert(atomic_load(&woken[PF_CREW_CALLED]) == 0);
+}
+
+static void
+call_often(void)
+{
+    int calls = 0;
+    for (int i = 0; i < 500; i++) {
+        calls += pf_crew_call(crew);
+        if (i % 50 == 0)
+            pause_ms(1);
+    }
+    assert(calls > 0);
+    await(&woken[PF_CREW_CALLED], 1);
+    assert(atomic_load(&woken[PF_CREW_CALLED]) <= calls);
+}
+
+static void
+who_is_called_wakes_once(void)
+{
+    with_threads(call_often, THREADS);
+    with_threads(call_often, 1);
+}
+
+static void
+doze_and_stall(void)
+{
+    pause_ms(150); /* the watcher dozes by now, and the handler must wake it */
+    stall();
+}
+
+static void
+a_handler_after_a_quiet_time_is_watched(void)
+{
+    with_threads(doze_and_stall, 2);
+}
+
+static void
+nobody_stands_by_and_nobody_can_be_called(void)
+{
+    open_crew();
+    assert(!pf_crew_call(crew));
+    pf_crew_begin(crew);
+    pf_crew_end(crew);
+    pf_crew_close(crew);
+    assert(pf_crew_wait(crew) == PF_CREW_CLOSED);
+    pf_crew_free(crew);
+}
+
+static void
+a_tick_has_bounds(void)
+{
+    assert(pf_crew_open(&crew, 0) == -EINVAL);
+    assert(pf_crew_open(&crew, 1000) == -EINVAL);
+}
+
+static void
+stall_again_and_again(void)
+{
+    for (int i = 1; i <= 20; i++) {
+        pf_crew_begin(crew);
+        await(&woken[PF_CREW_STALLED], i);
+        pf_crew_end(crew);
+        pf_crew_call(crew);
+    }
+}
+
+static void
+the_watch_is_handed_on(void)
+{
+    with_threads(stall_again_and_again, THREADS);
+}
+
+int
+main(void)
+{
+    a_handler_that_stalls_is_told();
+    fast_handlers_wake_nobody();
+    who_is_called_wakes_once();
+    a_handler_after_a_quiet_time_is_watched();
+    nobody_stands_by_and_nobody_can_be_called();
+    a_tick_has_bounds();
+    the_watch_is_handed_on();
+    return 0;
+}
