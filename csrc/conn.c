@@ -498,10 +498,20 @@ lend(pf_conn *conn)
     pf__conn_mark_ready(conn, PF_EVENT_REQUEST);
 }
 
+/* What a peer says of others counts if it is listed; else nobody gets to see it. */
+static void
+screen_forwarded(const pf_conn *conn)
+{
+    const pf_options *o = &conn->loop->options;
+    if (!pf__trust_has(o->forwarded_trust, o->forwarded_trusted, &conn->peer))
+        pf__http_drop_forwarded(&conn->request->head);
+}
+
 static void
 lend_refused(pf_conn *conn, int code)
 {
     pf_request *r = conn->request;
+    screen_forwarded(conn);
     r->refused = code;
     r->body_done = true;
     r->expect = false;
@@ -537,6 +547,15 @@ pf__conn_refuse(pf_conn *conn, int code)
     count_answer(loop, status);
     drop_request(conn);
     begin_closing(conn, true);
+}
+
+/* What did not introduce itself has said nothing that could be answered. */
+static void
+turn_away(pf_conn *conn)
+{
+    conn->loop->row->stats.refused++;
+    pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, PF_ERR_PROXY);
+    pf__conn_kill(conn);
 }
 
 /* ---- input --------------------------------------------------------------------------*/
@@ -648,6 +667,12 @@ input_ended(pf_conn *conn)
         } else {
             pf__conn_kill(conn);
         }
+        return;
+    case PF__PHASE_PROXY: /* without a byte: a proxy that looks whether we are there */
+        if (conn->in.len > 0)
+            turn_away(conn);
+        else
+            pf__conn_kill(conn);
         return;
     case PF__PHASE_LENT:
         tell_holder(conn, PF_ERR_TRUNCATED);
@@ -793,6 +818,8 @@ begin_request(pf_conn *conn)
     conn->loop->row->stats.requests++;
     r->answer.minor = r->head.minor;
     r->answer.head = (r->head.flags & PF_HEAD_IS_HEAD) != 0;
+    if (PF__UNLIKELY(r->head.flags & PF_HEAD_FORWARDED))
+        screen_forwarded(conn);
     int rc = body_refusal(conn);
     if (rc == 0 && (r->head.content_length > 0 || r->head.flags & PF_HEAD_CHUNKED)) {
         begin_body(conn);
@@ -922,18 +949,71 @@ advance_drain(pf_conn *conn)
     return conn->phase == PF__PHASE_HEAD ? advance_head(conn) : CONTENT;
 }
 
+/* 0, or the PF_ERR_* that the connection gets instead of service. */
+static int
+count_in(pf_conn *conn)
+{
+    pf_loop *loop = conn->loop;
+    uint32_t max = loop->options.max_connections_per_ip;
+    if (max == 0 || conn->peer.family == AF_UNIX)
+        return 0;
+    int rc = pf__peers_add(&loop->peers, &conn->peer, max);
+    conn->counted = rc == 0;
+    return rc == 0 ? 0 : rc > 0 ? PF_ERR_CONNECTIONS_PER_IP : PF_ERR_CONNECTIONS;
+}
+
+/* The proxy has said whom it brings; from here on it is that client's connection. */
+static int
+begin_introduced(pf_conn *conn, const pf_peer *client, const pf_peer *server)
+{
+    if (client->family != AF_UNSPEC) {
+        conn->peer = *client;
+        conn->local = *server;
+    }
+    conn->introduced = true;
+    conn->phase = PF__PHASE_FIRST;
+    if (conn->raw == conn->in.len)
+        conn->raw = conn->in.len = 0;
+    int rc = count_in(conn);
+    if (rc < 0)
+        pf__conn_refuse(conn, rc);
+    return rc;
+}
+
+static int
+advance_first(pf_conn *conn)
+{
+    if (conn->raw == conn->in.len)
+        return HUNGRY;
+    begin_head(conn);
+    return conn->phase == PF__PHASE_HEAD ? advance_head(conn) : CONTENT;
+}
+
+static int
+advance_proxy(pf_conn *conn)
+{
+    pf_peer client, server;
+    int rc = pf__proxy_parse(conn->in.data, conn->in.len,
+                             conn->loop->options.proxy_protocol, &client, &server);
+    if (rc == 0)
+        return HUNGRY;
+    if (rc < 0) {
+        turn_away(conn);
+        return CONTENT;
+    }
+    conn->raw = (size_t)rc;
+    return begin_introduced(conn, &client, &server) < 0 ? CONTENT : advance_first(conn);
+}
+
 static int
 advance(pf_conn *conn)
 {
     switch (conn->phase) {
+    case PF__PHASE_PROXY:
+        return advance_proxy(conn);
     case PF__PHASE_FIRST:
     case PF__PHASE_IDLE:
-        if (conn->raw == conn->in.len)
-            return HUNGRY;
-        begin_head(conn);
-        if (conn->phase != PF__PHASE_HEAD)
-            return CONTENT;
-        return advance_head(conn);
+        return advance_first(conn);
     case PF__PHASE_HEAD:
         return advance_head(conn);
     case PF__PHASE_BODY:
@@ -969,7 +1049,7 @@ await_input(pf_conn *conn)
             set_deadlines(conn, conn->loop->now + o->linger_timeout_ms);
         }
         break;
-    default: /* FIRST and IDLE: their deadline stands; they hold no buffer */
+    default: /* FIRST, PROXY, IDLE: their deadline stands; empty, they hold no buffer */
         if (conn->in.len == 0)
             pf__buffer_release(&conn->loop->pool, &conn->in);
         break;
@@ -1160,6 +1240,9 @@ pf__conn_timeout(pf_conn *conn)
         return;
     }
     switch (conn->phase) {
+    case PF__PHASE_PROXY:
+        turn_away(conn);
+        return;
     case PF__PHASE_FIRST:
     case PF__PHASE_HEAD:
         pf__conn_refuse(conn, PF_ERR_HEAD_TIMEOUT);
@@ -1176,13 +1259,20 @@ pf__conn_timeout(pf_conn *conn)
     }
 }
 
+/* Between two requests, or before the first, and no byte of the next is here. */
+static bool
+is_waiting(const pf_conn *conn)
+{
+    return conn->phase == PF__PHASE_IDLE || conn->phase == PF__PHASE_FIRST
+           || (conn->phase == PF__PHASE_PROXY && conn->in.len == 0);
+}
+
 /* New and idle connections get a lame-duck time in which one request is still answered,
  * so that a client that is just sending is not reset. */
 void
 pf__conn_drain(pf_conn *conn, bool now)
 {
-    bool quiet = conn->phase == PF__PHASE_IDLE || conn->phase == PF__PHASE_FIRST;
-    if (!quiet)
+    if (!is_waiting(conn))
         return;
     if (now && pf__conn_unsent(conn) == 0) {
         pf__conn_kill(conn);
@@ -1200,8 +1290,7 @@ pf__conn_drain(pf_conn *conn, bool now)
 bool
 pf__conn_is_quiet(const pf_conn *conn)
 {
-    return (conn->phase == PF__PHASE_IDLE || conn->phase == PF__PHASE_FIRST)
-           && conn->in.len == 0 && pf__conn_unsent(conn) == 0;
+    return is_waiting(conn) && conn->in.len == 0 && pf__conn_unsent(conn) == 0;
 }
 
 void
@@ -1231,10 +1320,18 @@ new_conn(pf_loop *loop)
     return conn;
 }
 
+bool
+pf__conn_introduces(const pf_loop *loop, const pf__origin *origin)
+{
+    const pf_options *o = &loop->options;
+    return PF__UNLIKELY(o->proxy_protocol != 0) && !origin->introduced
+           && pf__trust_has(o->proxy_trust, o->proxy_trusted, &origin->peer);
+}
+
 /* The request mostly is there already when its connection is accepted: read it before
  * asking the poller. */
 int
-pf__conn_open(pf_loop *loop, int fd, const pf_peer *peer, int refusal)
+pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
 {
     const pf_options *o = &loop->options;
     pf_conn *conn = new_conn(loop);
@@ -1243,11 +1340,14 @@ pf__conn_open(pf_loop *loop, int fd, const pf_peer *peer, int refusal)
         return -ENOMEM;
     }
     conn->source = (pf__source){.kind = PF__SOURCE_CONN, .fd = fd};
-    conn->phase = PF__PHASE_FIRST;
+    bool introduces = pf__conn_introduces(loop, origin);
+    conn->phase = introduces ? PF__PHASE_PROXY : PF__PHASE_FIRST;
     conn->readable = true;
-    conn->peer = *peer;
-    conn->counted =
-        o->max_connections_per_ip > 0 && refusal == 0 && peer->family != AF_UNIX;
+    conn->peer = origin->peer;
+    conn->local = origin->local;
+    conn->introduced = origin->introduced;
+    conn->counted = o->max_connections_per_ip > 0 && refusal == 0 && !introduces
+                    && conn->peer.family != AF_UNIX;
     loop->row->stats.connections++;
     loop->row->stats.accepted++;
     pf__conn_notice(loop, conn, PF_NOTICE_NEW, 0);
@@ -1263,7 +1363,7 @@ pf__conn_open(pf_loop *loop, int fd, const pf_peer *peer, int refusal)
         timeout = o->drain_idle_ms;
     conn->read_deadline = loop->now + timeout;
     pump(conn);
-    if (conn->phase == PF__PHASE_FIRST)
+    if (conn->phase == PF__PHASE_FIRST || conn->phase == PF__PHASE_PROXY)
         set_deadlines(conn, conn->read_deadline);
     return 0;
 }

@@ -563,6 +563,12 @@ note_field(pf_head *head, pf__head_state *state, pf_field *field, const char *da
     case PF_FIELD_UPGRADE:
         state->seen |= SEEN_UPGRADE;
         return DONE;
+    case PF_FIELD_FORWARDED:
+    case PF_FIELD_X_FORWARDED_FOR:
+    case PF_FIELD_X_FORWARDED_HOST:
+    case PF_FIELD_X_FORWARDED_PROTO:
+        head->flags |= PF_HEAD_FORWARDED;
+        return DONE;
     default:
         return DONE;
     }
@@ -718,6 +724,28 @@ pf__http_parse_head(pf_head *head, pf__head_state *state, const char *data, size
             return rc;
     }
     return parse_fields(head, state, data, len, limits);
+}
+
+static bool
+is_forwarded(int id)
+{
+    return id == PF_FIELD_FORWARDED || id == PF_FIELD_X_FORWARDED_FOR
+           || id == PF_FIELD_X_FORWARDED_HOST || id == PF_FIELD_X_FORWARDED_PROTO;
+}
+
+void
+pf__http_drop_forwarded(pf_head *head)
+{
+    uint16_t kept = 0;
+    for (uint16_t i = 0; i < head->nfields; i++) {
+        if (is_forwarded(head->fields[i].id))
+            continue;
+        if (head->host == i)
+            head->host = (uint8_t)kept;
+        head->fields[kept++] = head->fields[i];
+    }
+    head->nfields = kept;
+    head->flags &= (uint8_t)~PF_HEAD_FORWARDED;
 }
 
 /* ---- chunked bodies (RFC 9112 7.1) ---------------------------------------------------

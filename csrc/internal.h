@@ -128,6 +128,26 @@ int pf__http_field_id(const char *name, size_t len); /* PF_FIELD_*, any case */
 bool pf__http_list_has(const char *value, size_t len, const char *token);
 int64_t pf__http_parse_length(const char *value, size_t len); /* < 0: malformed */
 
+void pf__http_drop_forwarded(pf_head *head); /* Forwarded, X-Forwarded-*: they go */
+
+/* ---- trust.c: whose word counts -----------------------------------------------------*/
+bool pf__trust_is_valid(const pf_network *list, uint32_t n);
+bool pf__trust_has(const pf_network *list, uint32_t n, const pf_peer *peer);
+
+/* ---- proxy.c: the header of a proxied connection -> its two ends --------------------*/
+enum {
+    PF__PROXY_V1_MAX = 107,  /* the longest line there is, CR LF included */
+    PF__PROXY_V2_MAX = 4096, /* behind the fixed part. Addresses take 216 bytes at most,
+                                the rest is what a proxy knows of TLS, a client's
+                                certificate being the largest; no byte of it is kept */
+};
+
+/* > 0: the header's size; 0: more bytes are needed; < 0: PF_ERR_PROXY. A header that
+ * names no addresses (LOCAL, UNKNOWN, AF_UNSPEC) leaves both with family 0: the ends of
+ * the connection itself are meant. */
+int pf__proxy_parse(const char *data, size_t len, unsigned versions, pf_peer *client,
+                    pf_peer *server);
+
 /* ---- response.c: status line, Date, framing, header checks -> buffer ----------------*/
 enum pf__answer_flag {
     PF__ANSWER_DATE = 1 << 0, /* the app gave this field itself */
@@ -244,10 +264,17 @@ enum pf__mail_kind {
     PF__MAIL_RELEASE,
 };
 
+/* Who a connection is from, as far as is known. */
+typedef struct pf__origin {
+    pf_peer peer;    /* its client */
+    pf_peer local;   /* where that connected to; family 0: ask the socket */
+    bool introduced; /* its PROXY header was read: no other is expected */
+} pf__origin;
+
 typedef struct pf__mail {
     uint32_t kind;
-    uint32_t slot; /* ADOPT, RELEASE */
-    pf_peer peer;  /* CONNECTION */
+    uint32_t slot;     /* ADOPT, RELEASE */
+    pf__origin origin; /* CONNECTION */
 } pf__mail;
 
 int pf__mailbox_open(pf_row *row); /* the fd to read; its name goes into row */
@@ -301,6 +328,7 @@ typedef struct pf_conn pf_conn;
 
 enum pf__phase {
     PF__PHASE_FIRST,   /* accepted, no byte yet */
+    PF__PHASE_PROXY,   /* accepted from a proxy that is to say first whom it brings */
     PF__PHASE_IDLE,    /* kept alive between two requests; holds no buffer */
     PF__PHASE_HEAD,    /* some bytes of a request's head are there */
     PF__PHASE_BODY,    /* its head is parsed, its body gathered before it is lent */
@@ -344,10 +372,11 @@ struct pf_conn {
     bool eof : 1;      /* and we have read up to there */
     bool linger : 1;   /* close it only when the peer has read the answer */
     bool in_dirty : 1, in_ready : 1;
-    bool lent : 1;    /* REQUEST was handed out, end or abort did not come yet */
-    bool counted : 1; /* in the per-address census */
-    bool hung_up : 1; /* a loan's holder is to be told CLOSED */
-    uint32_t pending; /* PF_EVENT_* not handed out yet */
+    bool lent : 1;       /* REQUEST was handed out, end or abort did not come yet */
+    bool counted : 1;    /* in the per-address census */
+    bool hung_up : 1;    /* a loan's holder is to be told CLOSED */
+    bool introduced : 1; /* its PROXY header was read */
+    uint32_t pending;    /* PF_EVENT_* not handed out yet */
     pf__timer timer;
     int64_t read_deadline, write_deadline;
     pf_loop *loop;
@@ -364,6 +393,7 @@ struct pf_conn {
     uint32_t served;
     uint32_t write_timeout_ms; /* of the last answer that is complete */
     pf_peer peer;
+    pf_peer local; /* family 0: what the socket says */
 };
 
 struct pf_request {
@@ -390,8 +420,10 @@ struct pf_request {
     pf_head head;
 };
 
-int pf__conn_open(pf_loop *loop, int fd, const pf_peer *peer, int refusal);
+int pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal);
 /* owns fd; refusal: 0, or the PF_ERR_* to answer at once. -ENOMEM */
+bool pf__conn_introduces(const pf_loop *loop, const pf__origin *origin);
+/* it begins with a PROXY header; until that is read, nobody's connections are counted */
 void pf__conn_event(pf_conn *conn, uint32_t poll_flags);
 void pf__conn_timeout(pf_conn *conn);
 void pf__conn_settle(pf_conn *conn, bool force); /* before sleeping: send, register */

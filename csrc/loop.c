@@ -64,7 +64,9 @@ check_options(const pf_options *o)
                 && o->max_header_size <= INT_MAX / 2
                 && o->max_target_size <= o->max_header_size
                 && o->read_buffer_size >= 256 && o->read_buffer_size <= (1 << 20)
-                && o->max_body_size <= INT64_MAX;
+                && o->max_body_size <= INT64_MAX
+                && pf__trust_is_valid(o->proxy_trust, o->proxy_trusted)
+                && pf__trust_is_valid(o->forwarded_trust, o->forwarded_trusted);
     return fits ? 0 : -EINVAL;
 }
 
@@ -99,6 +101,35 @@ open_wake(pf_loop *loop)
     return pf__poller_add(&loop->poller, &loop->wake);
 }
 
+static int
+own_networks(const pf_network **place, uint32_t n)
+{
+    const pf_network *list = *place;
+    pf_network *copy = n > 0 ? malloc(n * sizeof *copy) : NULL;
+    *place = copy;
+    if (copy == NULL)
+        return n > 0 ? -ENOMEM : 0;
+    memcpy(copy, list, n * sizeof *copy);
+    return 0;
+}
+
+/* From here on nothing of them is borrowed, whatever this returns. */
+static int
+own_options(pf_options *o)
+{
+    o->server = o->content_type = NULL; /* the stamp has copies */
+    int proxies = own_networks(&o->proxy_trust, o->proxy_trusted);
+    int forwarders = own_networks(&o->forwarded_trust, o->forwarded_trusted);
+    return proxies < 0 ? proxies : forwarders;
+}
+
+static void
+free_options(pf_options *o)
+{
+    free((void *)(uintptr_t)o->proxy_trust);
+    free((void *)(uintptr_t)o->forwarded_trust);
+}
+
 int
 pf_loop_open(pf_loop **out, const pf_options *options)
 {
@@ -108,14 +139,16 @@ pf_loop_open(pf_loop **out, const pf_options *options)
     pf_loop *loop = calloc(1, sizeof *loop);
     if (loop == NULL)
         return -ENOMEM;
-    loop->options = *options;
     loop->row = &loop->own_row;
     loop->mailbox.fd = -1;
     loop->ready_end = &loop->ready;
     loop->wake.fd = loop->wake_write = -1;
     pf__response_stamp_init(&loop->stamp, options);
-    loop->options.server = loop->options.content_type = NULL; /* the stamp has copies */
+    loop->options = *options;
+    int owned = own_options(&loop->options);
     rc = pf__poller_open(&loop->poller);
+    if (rc == 0)
+        rc = owned;
     if (rc == 0)
         rc = open_wake(loop);
     read_clocks(loop);
@@ -265,21 +298,23 @@ is_shortage(int error)
 
 /* 0, or PF_ERR_* that a new connection gets instead of service. */
 static int
-admission(pf_loop *loop, const pf_peer *peer)
+admission(pf_loop *loop, const pf__origin *origin)
 {
+    const pf_peer *peer = &origin->peer;
     const pf_options *o = &loop->options;
     if (o->max_connections > 0 && loop->row->stats.connections >= o->max_connections)
         return PF_ERR_CONNECTIONS;
-    if (o->max_connections_per_ip == 0 || peer->family == AF_UNIX)
+    if (o->max_connections_per_ip == 0 || peer->family == AF_UNIX
+        || pf__conn_introduces(loop, origin))
         return 0;
     int rc = pf__peers_add(&loop->peers, peer, o->max_connections_per_ip);
     return rc == 0 ? 0 : rc > 0 ? PF_ERR_CONNECTIONS_PER_IP : PF_ERR_CONNECTIONS;
 }
 
 static void
-take_in(pf_loop *loop, int fd, const pf_peer *peer)
+take_in(pf_loop *loop, int fd, const pf__origin *origin)
 {
-    int refusal = admission(loop, peer);
+    int refusal = admission(loop, origin);
     const pf_options *o = &loop->options;
     bool crowded = o->max_connections > 0
                    && loop->row->stats.connections >= o->max_connections + REFUSED_MAX;
@@ -288,7 +323,7 @@ take_in(pf_loop *loop, int fd, const pf_peer *peer)
         close(fd);
         return;
     }
-    pf__conn_open(loop, fd, peer, refusal);
+    pf__conn_open(loop, fd, origin, refusal);
 }
 
 /* ---- an even load -------------------------------------------------------------------
@@ -360,9 +395,9 @@ less_loaded(pf_loop *loop)
 }
 
 static bool
-pass_to(pf_loop *loop, pf_row *row, int fd, const pf_peer *peer)
+pass_to(pf_loop *loop, pf_row *row, int fd, const pf__origin *origin)
 {
-    pf__mail mail = {.kind = PF__MAIL_CONNECTION, .peer = *peer};
+    pf__mail mail = {.kind = PF__MAIL_CONNECTION, .origin = *origin};
     if (!send_to(loop, row, &mail, fd))
         return false;
     loop->row->stats.passed_on++;
@@ -370,10 +405,10 @@ pass_to(pf_loop *loop, pf_row *row, int fd, const pf_peer *peer)
 }
 
 static bool
-pass_on(pf_loop *loop, int fd, const pf_peer *peer)
+pass_on(pf_loop *loop, int fd, const pf__origin *origin)
 {
     pf_row *row = less_loaded(loop);
-    if (PF__LIKELY(row == NULL) || !pass_to(loop, row, fd, peer))
+    if (PF__LIKELY(row == NULL) || !pass_to(loop, row, fd, origin))
         return false;
     close(fd);
     return true;
@@ -396,7 +431,8 @@ balance(pf_loop *loop)
         next = conn->next;
         if (!pf__conn_is_quiet(conn))
             continue;
-        if (!pass_to(loop, row, conn->source.fd, &conn->peer))
+        pf__origin origin = {conn->peer, conn->local, conn->introduced};
+        if (!pass_to(loop, row, conn->source.fd, &origin))
             return;
         pf__conn_leave(conn);
         more--;
@@ -406,11 +442,11 @@ balance(pf_loop *loop)
 static void
 admit(pf_loop *loop, int fd, const any_address *address)
 {
-    pf_peer peer;
-    peer_from(&peer, address);
-    if (pass_on(loop, fd, &peer))
+    pf__origin origin = {.introduced = false};
+    peer_from(&origin.peer, address);
+    if (pass_on(loop, fd, &origin))
         return;
-    take_in(loop, fd, &peer);
+    take_in(loop, fd, &origin);
 }
 
 /* Accept until the queue is empty or `max` were accepted. */
@@ -496,7 +532,7 @@ open_mail(pf_loop *loop, const pf__mail *mail, int fd)
     case PF__MAIL_CONNECTION:
         __atomic_fetch_sub(&loop->row->expected, 1, __ATOMIC_SEQ_CST);
         if (fd >= 0)
-            take_in(loop, fd, &mail->peer);
+            take_in(loop, fd, &mail->origin);
         return;
     case PF__MAIL_ADOPT:
         adopt(loop, mail->slot, fd);
@@ -949,6 +985,7 @@ pf_loop_free(pf_loop *loop)
     pf__peers_close(&loop->peers);
     free(loop->released);
     free(loop->notices.list);
+    free_options(&loop->options);
     free(loop);
     return 0;
 }

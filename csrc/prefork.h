@@ -72,7 +72,8 @@ extern "C" {
     X(CLOSED, -20109, 0, "the peer has closed the connection")                         \
     X(WRITE_TIMEOUT, -20110, 0, "the peer stopped reading the response")               \
     X(IDLE_TIMEOUT, -20111, 0, "the kept-alive connection stayed idle")                \
-    X(APP_REASON, -20112, 0, "reason phrase holds a control character")
+    X(APP_REASON, -20112, 0, "reason phrase holds a control character")                \
+    X(PROXY, -20113, 0, "malformed or missing PROXY header")
 
 enum pf_err {
 #define X(name, code, status, text) PF_ERR_##name = code,
@@ -153,6 +154,8 @@ enum pf_head_flag {
     PF_HEAD_UPGRADE = 1 << 3,    /* Connection: upgrade and an Upgrade field */
     PF_HEAD_IS_HEAD = 1 << 4,    /* the method is HEAD */
     PF_HEAD_IS_GET = 1 << 5,     /* the method is GET */
+    PF_HEAD_FORWARDED = 1 << 6,  /* Forwarded or X-Forwarded-* fields are there; in a
+                                    request on loan they are a listed peer's word */
 };
 
 typedef struct pf_head {
@@ -356,6 +359,16 @@ enum pf_option_flag {
     PF_OPTION_KEEP_ON_DRAIN = 1 << 7, /* do not announce Connection: close in a drain */
 };
 
+/* The versions of the PROXY protocol that are understood. */
+enum pf_proxy_version { PF_PROXY_V1 = 1 << 0, PF_PROXY_V2 = 1 << 1 };
+
+/* Peers whose word counts: a network, or (AF_UNIX) whoever can open our unix socket. */
+typedef struct pf_network {
+    uint8_t bytes[16]; /* as in pf_peer */
+    uint16_t family;   /* AF_INET, AF_INET6, AF_UNIX */
+    uint8_t prefix;    /* leading bits that count */
+} pf_network;
+
 typedef struct pf_options {
     uint32_t max_connections;         /* then 503; 0: no limit */
     uint32_t max_connections_per_ip;  /* then 429; 0: no limit */
@@ -376,6 +389,12 @@ typedef struct pf_options {
     const char *server;               /* Server field, NULL: none; copies */
     const char *content_type;         /* default Content-Type, NULL: none; copies */
     unsigned flags;                   /* PF_OPTION_* */
+    unsigned proxy_protocol;          /* PF_PROXY_*: peers of proxy_trust begin with such
+                                         a header, or are closed; 0: nobody does */
+    uint32_t proxy_trusted, forwarded_trusted; /* how many there are of each: */
+    const pf_network *proxy_trust;    /* copies */
+    const pf_network *forwarded_trust; /* whose Forwarded and X-Forwarded-* are lent;
+                                          those of others are dropped; copies */
 } pf_options;
 
 void pf_options_init(pf_options *options); /* every default, all limits on */
@@ -471,8 +490,10 @@ int pf_loop_notices(pf_loop *loop, pf_notice *out, int max); /* takes them out *
 const pf_head *pf_request_head(const pf_request *request);
 const char *pf_request_bytes(const pf_request *request); /* what the head's spans count
                                                             from */
-void pf_request_get_peer(const pf_request *request, pf_peer *peer);
-int pf_request_get_local(const pf_request *request, pf_peer *local); /* our address */
+void pf_request_get_peer(const pf_request *request, pf_peer *peer); /* or the client of
+                                                                       its PROXY header */
+int pf_request_get_local(const pf_request *request, pf_peer *local); /* our address, or
+                                     the one that the PROXY header says was connected to */
 void pf_request_set_user(pf_request *request, void *user); /* comes with its events */
 uint64_t pf_request_connection(const pf_request *request); /* the connection's number */
 bool pf_request_closed(const pf_request *request); /* the peer is known to be gone */

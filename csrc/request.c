@@ -44,6 +44,10 @@ pf_request_get_local(const pf_request *r, pf_peer *local)
     *local = (pf_peer){0};
     if (r->dead)
         return PF_ERR_CLOSED;
+    if (r->conn->local.family != AF_UNSPEC) {
+        *local = r->conn->local;
+        return 0;
+    }
     if (getsockname(r->conn->source.fd, &address.any, &len) < 0)
         return -errno;
     local->family = address.any.sa_family;
