@@ -150,7 +150,10 @@ pick_options(void)
                                      PF_OPTION_GET_ONLY,   PF_OPTION_KEEP_ON_DRAIN};
     uint8_t pick = next();
     pf_options *o = &loop->options;
+    static const pf_network everybody = {.family = AF_UNIX};
     pf_options_init(o);
+    o->forwarded_trust = &everybody; /* what is lent is what was sent */
+    o->forwarded_trusted = 1;
     o->server = o->content_type = NULL;
     for (int i = 0; i < 6; i++)
         if (pick & 1 << i)
@@ -555,7 +558,7 @@ static void
 connect_peer(int i)
 {
     int ends[2], small = 2048;
-    pf_peer address = {.family = AF_UNIX};
+    pf__origin origin = {.peer.family = AF_UNIX};
     uint8_t pick = next();
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) < 0)
         abort();
@@ -563,7 +566,7 @@ connect_peer(int i)
         setsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
     w.peers[i] = (peer){.fd = ends[1], .id = loop->next_id + 1};
     int refusal = (pick & 0x1f) == 0x1f ? PF_ERR_CONNECTIONS : 0;
-    assert(pf__conn_open(loop, ends[0], &address, refusal) == 0);
+    assert(pf__conn_open(loop, ends[0], &origin, refusal) == 0);
 }
 
 static void
