@@ -54,8 +54,9 @@ EXPORTS = {
 MODULES: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),
+    "forwarded": {"errors"},
     "configfile": {"errors"},
-    "config": {"configfile", "errors"},
+    "config": {"configfile", "errors", "forwarded"},
     "_core": {"errors"},
     "listeners": {"_core", "config", "errors"},
     "_dispatch": {"_core", "errors"},
@@ -65,7 +66,7 @@ MODULES: dict[str, set[str]] = {
     "wsgi": {"_core", "_native", "_wsgi", "errors", "log", "native"},
     "server": {
         *{"native", "wsgi", "listeners"},
-        *{"_core", "_native", "config", "errors", "log"},
+        *{"_core", "_native", "config", "errors", "forwarded", "log"},
     },
     "worker": {
         *{"server", "listeners", "native"},

@@ -9,6 +9,7 @@ cdef extern from "prefork.h" nogil:
         PF_ERR_CLOSED
         PF_ERR_WRITE_TIMEOUT
         PF_ERR_IDLE_TIMEOUT
+        PF_ERR_PROXY
 
     const char *pf_error_text(int code)
     const char *pf_error_name(int code)
@@ -36,6 +37,7 @@ cdef extern from "prefork.h" nogil:
         PF_HEAD_UPGRADE
         PF_HEAD_IS_HEAD
         PF_HEAD_IS_GET
+        PF_HEAD_FORWARDED
 
     ctypedef struct pf_head:
         pf_span method, target, path, query, authority
@@ -168,6 +170,15 @@ cdef extern from "prefork.h" nogil:
         PF_OPTION_TCP_KEEPALIVE
         PF_OPTION_KEEP_ON_DRAIN
 
+    cdef enum:
+        PF_PROXY_V1
+        PF_PROXY_V2
+
+    ctypedef struct pf_network:
+        uint8_t *bytes
+        uint16_t family
+        uint8_t prefix
+
     ctypedef struct pf_options:
         uint32_t max_connections, max_connections_per_ip, max_requests
         uint32_t header_timeout_ms, read_timeout_ms, write_timeout_ms
@@ -177,7 +188,10 @@ cdef extern from "prefork.h" nogil:
         uint64_t max_body_size
         const char *server
         const char *content_type
-        unsigned flags
+        unsigned flags, proxy_protocol
+        uint32_t proxy_trusted, forwarded_trusted
+        const pf_network *proxy_trust
+        const pf_network *forwarded_trust
 
     void pf_options_init(pf_options *options)
 
@@ -323,6 +337,7 @@ cdef class Loop:
     cdef object calls  # what other threads ask this loop's thread to do
     cdef Scoreboard board  # kept open while the loop counts there
     cdef object desk   # who knows more about requests than they do themselves
+    cdef public object trust  # who knows what the word of a proxy means, or None
     cdef object __weakref__
     cdef pf_loop *opened(self) except NULL
     cdef int wait_batch(self, int timeout_ms) except -1
@@ -338,7 +353,7 @@ cdef class Request:
     cdef char *copy           # head and bytes of our own, once detached
     cdef bint held            # the loan's events name this object
     cdef object content       # the body, as far as it was taken
-    cdef object peer
+    cdef object peer          # (host, port), or the Origin that proxies tell
     cdef object local
     cdef public object exchange
     cdef void lend(self, Loop loop, pf_request *loan) noexcept
@@ -355,6 +370,9 @@ cdef class Request:
     cdef void ends(self, pf_peer *peer, pf_peer *local) noexcept
     cdef bint asks_for_head(self)
     cdef size_t unsent(self)
+    cdef object origin(self)
+    cdef bint is_forwarded(self) except -1
+    cdef object told_scheme(self)
     cdef int field(self, object name, object value) except -1
     cdef bint answer(self, int status, bytes content_type, bytes body) except -1
     cdef bint reply(self, int status, list pairs, bytes body) except -1

@@ -18,7 +18,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeLatin1
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(object text)
@@ -37,7 +37,7 @@ cdef object error_of(int rc):
     text = pf_error_text(rc).decode("utf-8", "replace")
     if rc > FIRST_PEER_ERROR:
         return OSError(-rc, os.strerror(-rc))
-    if rc in (PF_ERR_CLOSED, PF_ERR_WRITE_TIMEOUT, PF_ERR_IDLE_TIMEOUT):
+    if rc in (PF_ERR_CLOSED, PF_ERR_WRITE_TIMEOUT, PF_ERR_IDLE_TIMEOUT, PF_ERR_PROXY):
         return ClientDisconnected(text)
     if rc <= FIRST_APP_ERROR:
         return ProtocolError(text)
@@ -449,7 +449,26 @@ REFUSED = PF_EVENT_REFUSED
 WOKEN = PF_EVENT_WOKEN
 READABLE_FD = PF_EVENT_READABLE
 
+PROXY_V1 = PF_PROXY_V1
+PROXY_V2 = PF_PROXY_V2
+
 NOTICES = {1: "new", 2: "active", 3: "idle", 4: "closed", 5: "error"}
+
+
+cdef bytes networks(list rows):
+    """An array of pf_network out of (family, address, prefix)."""
+    cdef pf_network network
+    cdef bytes address
+    cdef list found = []
+    for family, address, prefix in rows:
+        if len(address) > 16:
+            raise ValueError(f"no address is as long as {address!r}")
+        memset(&network, 0, sizeof(network))
+        memcpy(network.bytes, PyBytes_AS_STRING(address), PyBytes_GET_SIZE(address))
+        network.family = family
+        network.prefix = prefix
+        found.append((<const char *>&network)[:sizeof(network)])
+    return b"".join(found)
 
 
 cdef int read_options(pf_options *o, dict given, list keep) except -1:
@@ -469,6 +488,17 @@ cdef int read_options(pf_options *o, dict given, list keep) except -1:
                 o.server = text
             else:
                 o.content_type = text
+        elif name in ("proxy_trust", "forwarded_trust"):
+            text = networks(value)
+            keep.append(text)
+            if name == "proxy_trust":
+                o.proxy_trust = <const pf_network *>PyBytes_AS_STRING(text)
+                o.proxy_trusted = len(value)
+            else:
+                o.forwarded_trust = <const pf_network *>PyBytes_AS_STRING(text)
+                o.forwarded_trusted = len(value)
+        elif name == "proxy_protocol":
+            o.proxy_protocol = value
         elif name == "max_connections":
             o.max_connections = value
         elif name == "max_connections_per_ip":
@@ -897,9 +927,12 @@ cdef class Request:
         """Whether the peer wants the connection kept (RFC 9112 9.3)."""
         return bool(self.heading().flags & PF_HEAD_KEEP_ALIVE)
 
-    @property
-    def client(self):
-        """The peer's (host, port); ("", 0) on a unix socket."""
+    cdef bint is_forwarded(self) except -1:
+        """Whether a trusted proxy has said for whom it speaks."""
+        return (self.heading().flags & PF_HEAD_FORWARDED) != 0
+
+    cdef object origin(self):
+        """The peer's (host, port), or the Origin that trusted proxies tell."""
         cdef pf_peer peer
         if self.peer is None:
             if self.copy is not NULL:
@@ -907,11 +940,45 @@ cdef class Request:
             else:
                 pf_request_get_peer(self.lent(), &peer)
             self.peer = peer_name(&peer)
+            if self.is_forwarded() and self.loop.trust is not None:
+                self.peer = self.loop.trust.origin(self, self.peer)
         return self.peer
 
     @property
+    def client(self):
+        """The client's (host, port); ("", 0) on a unix socket.
+
+        It is the peer of the connection, or for whom that speaks, if it is a trusted
+        proxy; then the port is 0 if it is not known.
+        """
+        found = self.origin()
+        return found if type(found) is tuple else found.client
+
+    cdef object told_scheme(self):
+        """"http" or "https" as a trusted proxy tells, else None."""
+        if not self.is_forwarded():
+            return None
+        found = self.origin()
+        return None if type(found) is tuple else found.scheme
+
+    @property
+    def host(self):
+        """The host that the client asked for: the Host field's value, or "".
+
+        Where a trusted proxy tells what the field was before, it is that.
+        """
+        if self.is_forwarded():
+            found = self.origin()
+            if type(found) is not tuple and found.host is not None:
+                return found.host
+        return self.headers.get("host", "")
+
+    @property
     def server(self):
-        """Our own (host, port) that the peer connected to; ("", 0) on a unix socket."""
+        """The (host, port) that the client connected to; ("", 0) on a unix socket.
+
+        It is ours, or what a trusted proxy's PROXY header tells.
+        """
         cdef pf_peer peer
         if self.local is None:
             if self.copy is not NULL:

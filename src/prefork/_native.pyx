@@ -50,8 +50,8 @@ cdef class Request(_core.Request):
 
     @property
     def scheme(self):
-        """"http" or "https"."""
-        return self.desk.scheme
+        """"http" or "https": what the client uses, if a trusted proxy tells."""
+        return self.told_scheme() or self.desk.scheme
 
     @property
     def body(self):

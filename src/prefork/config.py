@@ -5,10 +5,11 @@ bounds, under which flags, and the sentence that explains it. The command line i
 generated from here, `Server` and `Prefork` take their keywords from here, and all of
 them have their values read by the one `Option.read`.
 
-Precedence, later wins: defaults, file, environment (PREFORK_<NAME>), command line or
-keywords. The command line reads prefork.toml, or [tool.prefork] of pyproject.toml, in
-the working directory, or what --config names; `Server` and `Prefork` read a file only
-if they are given config_file=.
+Precedence, later wins: defaults, a variable that other servers have for the same
+(FORWARDED_ALLOW_IPS), file, environment (PREFORK_<NAME>), command line or keywords. The
+command line reads prefork.toml, or [tool.prefork] of pyproject.toml, in the working
+directory, or what --config names; `Server` and `Prefork` read a file only if they are
+given config_file=.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefork import configfile
+from prefork import configfile, forwarded
 from prefork.configfile import File
 from prefork.errors import ConfigError
 
@@ -39,10 +40,13 @@ class Group(enum.Enum):
     WORKERS = "Workers"
     LIMITS = "Limits and timeouts"
     ANSWERS = "Requests and answers"
+    PROXIES = "Proxies in front"
     LOG = "Logging"
 
 
-SERVER = frozenset({Group.LISTENERS, Group.LIMITS, Group.ANSWERS, Group.LOG})
+SERVER = frozenset(
+    {Group.LISTENERS, Group.LIMITS, Group.ANSWERS, Group.PROXIES, Group.LOG}
+)
 PREFORK = frozenset({Group.LISTENERS, Group.WORKERS, Group.LOG})
 EVERYONE = frozenset(Group)
 
@@ -147,6 +151,12 @@ def _texts(value: Any) -> tuple[str, ...]:
     return texts
 
 
+def _peers(value: Any) -> tuple[str, ...]:
+    texts = () if value in ("", [], ()) else _texts(value)
+    forwarded.Trust(texts)
+    return texts
+
+
 def _octal(value: Any) -> int:
     if isinstance(value, str):
         return int(value.strip().removeprefix("0o"), 8)
@@ -179,6 +189,7 @@ TEXT = Kind("TEXT", "printable text", _text)
 ASCII = Kind("TEXT", "printable ASCII text", _ascii)
 PATH = Kind("DIR", "the path of a directory", _text)
 TEXTS = Kind("ADDR", "one address or several", _texts, ",".join)
+PEERS = Kind("PEERS", "addresses, networks, unix or *", _peers, ",".join)
 FUNCTION = Kind("", "callable", _callable)
 LOGGER = Kind("", "a logging.Logger or an object with printf(fmt, *args)", _logger)
 APP = Kind("MODULE:ATTR", "MODULE:ATTR, like main:handler", lambda value: value)
@@ -200,6 +211,7 @@ class Option:
     choices: tuple[str, ...] = ()
     none: str = ""  # what None means; empty: None is not allowed
     keyword_only: bool = False  # neither flag nor environment variable
+    foreign: str = ""  # a variable that others have for it, too: the default if set
 
     def read(self, name: str, value: Any) -> Any:
         """The checked value, or ConfigError naming option, value and remedy."""
@@ -207,6 +219,8 @@ class Option:
             return None
         try:
             result = self.kind.convert(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
         except (TypeError, ValueError, OverflowError):
             raise wrong(name, self.kind.wants, value) from None
         if self.choices and result not in self.choices:
@@ -267,6 +281,10 @@ def _limit(default: Any, help: str, kind: Kind, minimum: float, **more: Any) -> 
 
 def _answer(default: Any, help: str, kind: Kind, **more: Any) -> Any:
     return _option(default, help, kind, Group.ANSWERS, **more)
+
+
+def _proxies(default: Any, help: str, kind: Kind, **more: Any) -> Any:
+    return _option(default, help, kind, Group.PROXIES, **more)
 
 
 def _callback(group: Group, help: str) -> Any:
@@ -474,6 +492,30 @@ class Config:
         Group.ANSWERS, "conn_state(connection, state): a notice of what changed."
     )
 
+    # For whom.
+    forwarded_allow_ips: tuple[str, ...] = _proxies(
+        ("127.0.0.1", "::1"),
+        "Peers whose X-Forwarded-* count; for others they are dropped. Addresses, "
+        "networks, unix, *; empty: nobody.",
+        PEERS,
+        foreign="FORWARDED_ALLOW_IPS",
+    )
+    forwarded_header: str = _proxies(
+        "x-forwarded",
+        "What they write: X-Forwarded-For, -Proto and -Host, or Forwarded (RFC 7239).",
+        TEXT,
+        choices=("x-forwarded", "forwarded"),
+    )
+    proxy_protocol: str = _proxies(
+        "off",
+        "Listed peers begin with a PROXY header of this version, or are closed.",
+        TEXT,
+        choices=("off", "v1", "v2", "auto"),
+    )
+    proxy_allow_from: tuple[str, ...] = _proxies(
+        ("127.0.0.1", "::1"), "Peers that begin with a PROXY header.", PEERS
+    )
+
     # And what is told. These of Prefork are described in prefork.master.
     log_level: str = _option(
         "info",
@@ -592,6 +634,8 @@ def origins(
         file = configfile.read(path)
     check_names(given, groups)
     layers = {name: Origin(DEFAULTS[name], "default") for name in names(groups)}
+    for name, value in foreign(groups, os.environ if environ is None else environ):
+        layers[name] = Origin(value, OPTIONS[name].foreign)
     if file is not None:
         layers |= {n: Origin(v, p) for n, v, p in from_file(file, groups)}
     for name, value in environment(groups, os.environ if environ is None else environ):
@@ -654,6 +698,21 @@ def environment(
             yield name, option.read(name, text)
         except ConfigError as error:
             raise ConfigError(f"{error} (from {variable(name)})") from None
+
+
+def foreign(
+    groups: frozenset[Group], environ: Mapping[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """What variables say that other servers have for the same, checked."""
+    for name in names(groups):
+        option = OPTIONS[name]
+        text = environ.get(option.foreign) if option.foreign else None
+        if text is None:
+            continue
+        try:
+            yield name, option.read(name, text)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (from {option.foreign})") from None
 
 
 # ---- The machine -------------------------------------------------------------------

@@ -18,12 +18,19 @@ from typing import Any
 from prefork import _core, listeners, log
 from prefork.config import SERVER, Config
 from prefork.errors import ConfigError
+from prefork.forwarded import Trust
 from prefork.native import Desk, Hooks, desk_for
 from prefork.wsgi import Manners, WsgiDesk
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CONTENT_TYPE = "text/plain; charset=utf-8"  # of answers that name none
 UNLIMITED = 2**63 - 1
+PROXY_VERSIONS = {
+    "off": 0,
+    "v1": _core.PROXY_V1,
+    "v2": _core.PROXY_V2,
+    "auto": _core.PROXY_V1 | _core.PROXY_V2,
+}
 
 
 def _ms(seconds: float) -> int:
@@ -86,7 +93,16 @@ def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
         "get_only": config.get_only,
         "tcp_keepalive": config.tcp_keepalive,
         "keep_on_drain": not config.close_on_shutdown,
+        "proxy_protocol": PROXY_VERSIONS[config.proxy_protocol],
+        "proxy_trust": Trust(config.proxy_allow_from).rows(),
+        "forwarded_trust": Trust(config.forwarded_allow_ips).rows(),
     }
+
+
+def trust_of(config: Config) -> Trust:
+    """Whose word in header fields counts."""
+    standard = config.forwarded_header == "forwarded"
+    return Trust(config.forwarded_allow_ips, standard=standard)
 
 
 class Server:
@@ -180,6 +196,7 @@ class Server:
         own: list[listeners.Listener],
     ) -> None:
         core = _core.Loop(**loop_options(self.config, self.interface))
+        core.trust = trust_of(self.config)
         if self._seat is not None:
             core.attach(*self._seat)
         desk = self._open_desk(core)
