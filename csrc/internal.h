@@ -393,7 +393,8 @@ struct pf_conn {
     uint32_t served;
     uint32_t write_timeout_ms; /* of the last answer that is complete */
     pf_peer peer;
-    pf_peer local; /* family 0: what the socket says */
+    pf_peer
+        local; /* our address, or a PROXY header's; family 0: nobody has asked yet */
 };
 
 struct pf_request {

@@ -493,7 +493,8 @@ const char *pf_request_bytes(const pf_request *request); /* what the head's span
 void pf_request_get_peer(const pf_request *request, pf_peer *peer); /* or the client of
                                                                        its PROXY header */
 int pf_request_get_local(const pf_request *request, pf_peer *local); /* our address, or
-                                     the one that the PROXY header says was connected to */
+                                     the one that the PROXY header says was connected to;
+                                     asks the kernel once a connection */
 void pf_request_set_user(pf_request *request, void *user); /* comes with its events */
 uint64_t pf_request_connection(const pf_request *request); /* the connection's number */
 bool pf_request_closed(const pf_request *request); /* the peer is known to be gone */

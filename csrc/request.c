@@ -31,8 +31,8 @@ pf_request_get_peer(const pf_request *r, pf_peer *peer)
     *peer = r->conn->peer;
 }
 
-int
-pf_request_get_local(const pf_request *r, pf_peer *local)
+static int
+ask_local(int fd, pf_peer *local)
 {
     union {
         struct sockaddr any;
@@ -41,14 +41,7 @@ pf_request_get_local(const pf_request *r, pf_peer *local)
         struct sockaddr_storage room;
     } address = {0};
     socklen_t len = sizeof address;
-    *local = (pf_peer){0};
-    if (r->dead)
-        return PF_ERR_CLOSED;
-    if (r->conn->local.family != AF_UNSPEC) {
-        *local = r->conn->local;
-        return 0;
-    }
-    if (getsockname(r->conn->source.fd, &address.any, &len) < 0)
+    if (getsockname(fd, &address.any, &len) < 0)
         return -errno;
     local->family = address.any.sa_family;
     if (local->family == AF_INET) {
@@ -60,6 +53,18 @@ pf_request_get_local(const pf_request *r, pf_peer *local)
         local->scope = address.v6.sin6_scope_id;
     }
     return 0;
+}
+
+/* It stays the same for as long as the connection lives: the kernel is asked once. */
+int
+pf_request_get_local(const pf_request *r, pf_peer *local)
+{
+    pf_conn *conn = r->conn;
+    int rc = 0;
+    if (conn->local.family == 0)
+        rc = r->dead ? PF_ERR_CLOSED : ask_local(conn->source.fd, &conn->local);
+    *local = conn->local;
+    return rc;
 }
 
 void

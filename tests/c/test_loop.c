@@ -541,6 +541,45 @@ both_ends_of_a_connection_are_told(void)
     close_server();
 }
 
+/* It is known from the first request on, also when the peer is gone. */
+static void
+our_end_of_a_connection_is_asked_for_once(void)
+{
+    pf_peer first, second;
+    open_server(0);
+    int peer = peer_saying(GET GET GET);
+    pf_request *r = next_request();
+    assert(pf_request_get_local(r, &first) == 0);
+    answer(r, "x");
+    r = next_request();
+    r->conn->source.fd += 1000; /* where no socket is */
+    assert(pf_request_get_local(r, &second) == 0);
+    r->conn->source.fd -= 1000;
+    assert(memcmp(&first, &second, sizeof first) == 0);
+    answer(r, "x");
+    r = next_request();
+    reset_peer(peer);
+    expect_event(PF_EVENT_CLOSED, r);
+    assert(pf_request_get_local(r, &second) == 0);
+    assert(memcmp(&first, &second, sizeof first) == 0);
+    answer_refused(r);
+    close_server();
+}
+
+static void
+our_end_of_a_lost_connection_is_not_known(void)
+{
+    pf_peer ours;
+    open_server(0);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    reset_peer(peer);
+    expect_event(PF_EVENT_CLOSED, r);
+    assert(pf_request_get_local(r, &ours) == PF_ERR_CLOSED && ours.family == 0);
+    answer_refused(r);
+    close_server();
+}
+
 /* ---- many requests on one connection ------------------------------------------------*/
 static int
 count(const char *text, const char *part)
@@ -2118,6 +2157,8 @@ main(void)
     a_body_shorter_than_its_length_closes_the_connection();
     an_interim_answer_comes_before_the_answer();
     both_ends_of_a_connection_are_told();
+    our_end_of_a_connection_is_asked_for_once();
+    our_end_of_a_lost_connection_is_not_known();
 
     sixteen_pipelined_requests_are_answered_in_one_write();
     a_slow_handler_does_not_hold_back_what_is_flushed();
