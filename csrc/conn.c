@@ -20,6 +20,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -28,9 +29,11 @@ enum {
     FILLS_MAX = 16,        /* reads of one connection before others have their turn */
     BODY_READ_MIN = 16384, /* room offered to a read of body bytes */
     IOV_MAX_HERE = 64,
+    SENDS_MAX = 4 << 20, /* bytes to one connection before others have their turn */
 };
 
 static void pump(pf_conn *conn);
+static void kill_with_reset(pf_conn *conn);
 
 /* ---- notices ------------------------------------------------------------------------*/
 static bool
@@ -160,7 +163,7 @@ drop_segments(pf_conn *conn)
     if (s == NULL)
         return;
     for (uint32_t i = s->first; i < s->count; i++)
-        if (s->list[i].data != NULL)
+        if (s->list[i].kind != PF__SEGMENT_COPIED)
             release_ref(conn->loop, s->list[i].ref);
     free(s);
     conn->segments = NULL;
@@ -189,8 +192,10 @@ reserve_segments(pf_conn *conn, uint32_t more)
 }
 
 int
-pf__conn_borrow(pf_conn *conn, const char *data, size_t len, void *ref)
+pf__conn_borrow(pf_conn *conn, const pf__segment *segment)
 {
+    if (segment->len > PTRDIFF_MAX - pf__conn_unsent(conn))
+        return -EOVERFLOW;
     int rc = reserve_release(conn->loop);
     if (rc < 0 || (rc = reserve_segments(conn, 2)) < 0)
         return rc;
@@ -200,8 +205,8 @@ pf__conn_borrow(pf_conn *conn, const char *data, size_t len, void *ref)
         s->list[s->count++] = (pf__segment){.len = before};
         s->copied += before;
     }
-    s->list[s->count++] = (pf__segment){data, len, ref};
-    s->borrowed += len;
+    s->list[s->count++] = *segment;
+    s->borrowed += segment->len;
     conn->loop->borrowed++;
     return 0;
 }
@@ -238,20 +243,71 @@ send_segments(const pf_conn *conn, size_t end)
     const pf__segments *s = conn->segments;
     struct iovec iov[IOV_MAX_HERE];
     size_t n = 0, copied = conn->sent;
-    for (uint32_t i = s->first; i < s->count && n < IOV_MAX_HERE; i++, n++) {
+    uint32_t i = s->first;
+    for (; i < s->count && n < IOV_MAX_HERE; i++, n++) {
         const pf__segment *segment = &s->list[i];
+        if (segment->kind == PF__SEGMENT_FILE)
+            break;
+        bool is_copy = segment->kind == PF__SEGMENT_COPIED;
+        const char *data = is_copy ? conn->out.data + copied : segment->data;
+        iov[n].iov_base = (void *)(uintptr_t)data;
         iov[n].iov_len = segment->len;
-        iov[n].iov_base = (void *)(uintptr_t)(segment->data ? segment->data
-                                                            : conn->out.data + copied);
-        if (segment->data == NULL)
-            copied += segment->len;
+        copied += is_copy ? segment->len : 0;
     }
-    if (n < IOV_MAX_HERE && copied < end) {
+    if (i == s->count && n < IOV_MAX_HERE && copied < end) {
         iov[n].iov_base = conn->out.data + copied;
         iov[n++].iov_len = end - copied;
     }
+    /* a head leaves in one segment with the beginning of its file */
+    int more = i < s->count ? MSG_MORE : 0;
     struct msghdr message = {.msg_iov = iov, .msg_iovlen = n};
-    return sendmsg(conn->source.fd, &message, send_flags(conn));
+    return sendmsg(conn->source.fd, &message, send_flags(conn) | more);
+}
+
+static ssize_t
+send_file(const pf_conn *conn, const pf__segment *file)
+{
+    off_t offset = file->offset;
+    size_t n = file->len < SENDS_MAX ? file->len : SENDS_MAX;
+    return sendfile(conn->source.fd, file->fd, &offset, n);
+}
+
+/* Bytes that the kernel took, or -errno, or PF_ERR_APP_FILE_SHORT. */
+static ssize_t
+send_some(const pf_conn *conn, size_t end)
+{
+    const pf__segments *s = conn->segments;
+    const pf__segment *file = s != NULL ? &s->list[s->first] : NULL;
+    if (file != NULL && file->kind != PF__SEGMENT_FILE)
+        file = NULL;
+    ssize_t n;
+    do
+        n = file ? send_file(conn, file)
+            : s  ? send_segments(conn, end)
+                 : send_plain(conn, end);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        return -errno;
+    return n == 0 && file ? PF_ERR_APP_FILE_SHORT : n;
+}
+
+static void
+forget_part(pf_conn *conn, pf__segment *segment, size_t n)
+{
+    pf__segments *s = conn->segments;
+    segment->len -= n;
+    switch (segment->kind) {
+    case PF__SEGMENT_COPIED:
+        s->copied -= n;
+        conn->sent += n;
+        return;
+    case PF__SEGMENT_BORROWED:
+        segment->data += n;
+        break;
+    default:
+        segment->offset += (int64_t)n;
+    }
+    s->borrowed -= n;
 }
 
 static void
@@ -262,17 +318,10 @@ forget_sent(pf_conn *conn, size_t n)
         pf__segment *segment = &s->list[s->first];
         size_t part = n < segment->len ? n : segment->len;
         n -= part;
-        segment->len -= part;
-        if (segment->data != NULL) {
-            segment->data += part;
-            s->borrowed -= part;
-        } else {
-            s->copied -= part;
-            conn->sent += part;
-        }
+        forget_part(conn, segment, part);
         if (segment->len > 0)
             break;
-        if (segment->data != NULL)
+        if (segment->kind != PF__SEGMENT_COPIED)
             release_ref(conn->loop, segment->ref);
         s->first++;
     }
@@ -319,32 +368,41 @@ output_is_blocked(pf_conn *conn)
     set_write_deadline(conn, conn->loop->now + timeout);
 }
 
+/* Its answer stays incomplete, which a FIN might hide: one may end with the connection. */
+static void
+output_failed(pf_conn *conn, int error)
+{
+    pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, error);
+    kill_with_reset(conn);
+}
+
 /* Send what may be sent. false: the connection is dead. */
 static bool
 flush(pf_conn *conn)
 {
-    bool progress = false;
-    for (;;) {
+    for (size_t sent = 0;;) {
         size_t end = sendable(conn);
         if (conn->sent == end && conn->segments == NULL) {
             output_is_sent(conn);
             return true;
         }
-        ssize_t n = conn->segments ? send_segments(conn, end) : send_plain(conn, end);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0 && errno == EAGAIN) {
-            if (progress || conn->write_deadline == 0)
+        if (sent >= SENDS_MAX) { /* a fast reader of a large file */
+            output_is_blocked(conn);
+            pf__conn_mark_dirty(conn);
+            return true;
+        }
+        ssize_t n = send_some(conn, end);
+        if (n == -EAGAIN) {
+            if (sent > 0 || conn->write_deadline == 0)
                 output_is_blocked(conn);
             drop_sent(conn);
             return true;
         }
         if (n < 0) {
-            pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, -errno);
-            pf__conn_kill(conn);
+            output_failed(conn, (int)n);
             return false;
         }
-        progress = true;
+        sent += (size_t)n;
         conn->loop->row->stats.bytes_out += (uint64_t)n;
         forget_sent(conn, (size_t)n);
     }

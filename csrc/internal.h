@@ -349,10 +349,20 @@ enum {
     PF__LINGER_MAX = 1 << 20,  /* bytes dropped in a lingering close */
 };
 
-/* Output beside the copied bytes: a segment borrows ref's bytes, or (data NULL) stands
- * for the next len bytes of conn->out. */
+enum pf__segment_kind {
+    PF__SEGMENT_COPIED,   /* the next len bytes of conn->out */
+    PF__SEGMENT_BORROWED, /* ref's bytes, at data */
+    PF__SEGMENT_FILE,     /* of ref's file, from offset on */
+};
+
+/* Output beside the copied bytes, and between which of them it goes. */
 typedef struct pf__segment {
-    const char *data;
+    uint8_t kind;
+    int fd;
+    union {
+        const char *data;
+        int64_t offset;
+    };
     size_t len;
     void *ref;
 } pf__segment;
@@ -438,7 +448,7 @@ bool pf__conn_is_quiet(const pf_conn *conn); /* between two requests */
 void pf__conn_leave(pf_conn *conn); /* its socket is another worker's from now on */
 void pf__conn_body_wanted(pf_conn *conn);
 void pf__conn_consume(pf_conn *conn, size_t n);
-int pf__conn_borrow(pf_conn *conn, const char *data, size_t len, void *ref);
+int pf__conn_borrow(pf_conn *conn, const pf__segment *segment);
 int pf__conn_continue(pf_conn *conn);     /* queue 100 Continue */
 bool pf__conn_keeps(const pf_conn *conn); /* may the connection outlive this answer? */
 void pf__conn_notice(pf_loop *loop, const pf_conn *conn, int kind, int code);

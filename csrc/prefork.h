@@ -73,7 +73,8 @@ extern "C" {
     X(WRITE_TIMEOUT, -20110, 0, "the peer stopped reading the response")               \
     X(IDLE_TIMEOUT, -20111, 0, "the kept-alive connection stayed idle")                \
     X(APP_REASON, -20112, 0, "reason phrase holds a control character")                \
-    X(PROXY, -20113, 0, "malformed or missing PROXY header")
+    X(PROXY, -20113, 0, "malformed or missing PROXY header")\
+    X(APP_FILE_SHORT, -20114, 0, "file ends before what is to be sent of it")
 
 enum pf_err {
 #define X(name, code, status, text) PF_ERR_##name = code,
@@ -406,8 +407,8 @@ enum pf_event_flag {
     PF_EVENT_WRITABLE = 1 << 2, /* the wanted room is there */
     PF_EVENT_CLOSED = 1 << 3,   /* the peer left during the loan: answer no more; the
                                    loan still ends with end or abort */
-    PF_EVENT_RELEASED = 1 << 4, /* the bytes borrowed by pf_request_write_ref(.., ref)
-                                   are no longer needed; request is NULL */
+    PF_EVENT_RELEASED = 1 << 4, /* what pf_request_write_ref(.., ref) or _write_file()
+                                   borrowed is no longer needed; request is NULL */
     PF_EVENT_DRAINED = 1 << 5,  /* the drain is done: no connection is left */
     PF_EVENT_REFUSED = 1 << 6,  /* with REQUEST: the loop refused it for pf_event.code;
                                    what is answered is followed by close */
@@ -537,6 +538,14 @@ int pf_request_write_ref(pf_request *request, const char *data, size_t len, void
       /* borrows data until RELEASED with ref; an error leaves it to the caller. For
          data that pf_request_borrows(); the rest is better copied by write. */
 bool pf_request_borrows(const pf_request *request, size_t len);
+int pf_request_write_file(pf_request *request, int fd, int64_t offset, uint64_t len,
+                          void *ref);
+      /* len bytes of a regular file (else -EINVAL), as one chunk where there are
+         chunks. 1: borrows fd until RELEASED with ref; 0: nothing of it is to be sent
+         (HEAD, 204, 304, no bytes), and nothing is borrowed. PF_ERR_APP_FILE_SHORT: it
+         has not as many bytes; if it loses them later, its answer is cut short by a
+         reset, with a notice. sendfile(2) has no MSG_NOSIGNAL: SIGPIPE is to be ignored,
+         as Python does. */
 int pf_request_reset(pf_request *request); /* PF_ERR_STATE once bytes may be sent */
 int pf_request_end(pf_request *request);   /* ends the loan, whatever it returns */
 int pf_request_abort(pf_request *request); /* ends the loan; closes the connection so

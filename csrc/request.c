@@ -11,6 +11,7 @@
 #include <netinet/in.h>
 #include <stdio.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 
 /* ---- reading ------------------------------------------------------------------------*/
 const pf_head *
@@ -261,7 +262,7 @@ put_chunk_size(char *p, size_t len)
 
 /* 1: there is something to write; 0: it is dropped; < 0: it must not be written. */
 static int
-before_write(pf_request *r, size_t len)
+before_write(pf_request *r, uint64_t len)
 {
     if (r->dead)
         return PF_ERR_CLOSED;
@@ -296,30 +297,74 @@ pf_request_write(pf_request *r, const char *data, size_t len)
     return 0;
 }
 
+/* What is borrowed goes out as it is, in a chunk of its own where there are chunks. */
+static int
+write_borrowed(pf_request *r, const pf__segment *segment)
+{
+    pf__buffer *out = &r->conn->out;
+    int rc = pf__buffer_reserve(pool(r), out, CHUNK_FRAME);
+    if (rc < 0)
+        return rc;
+    bool chunked = r->answer.flags & PF__ANSWER_CHUNKED;
+    size_t before = out->len;
+    if (chunked)
+        out->len =
+            (size_t)(put_chunk_size(out->data + before, segment->len) - out->data);
+    if ((rc = pf__conn_borrow(r->conn, segment)) < 0) {
+        out->len = before;
+        return rc;
+    }
+    r->answer.written += segment->len;
+    if (chunked)
+        pf__buffer_put(out, "\r\n", 2);
+    pf__conn_mark_dirty(r->conn);
+    return 0;
+}
+
 int
 pf_request_write_ref(pf_request *r, const char *data, size_t len, void *ref)
 {
-    pf__buffer *out = &r->conn->out;
+    pf__segment segment = {
+        .kind = PF__SEGMENT_BORROWED, .data = data, .len = len, .ref = ref};
     int rc = before_write(r, len);
     if (rc < 0)
         return rc;
     if (rc == 0 || len < PF__BORROW_MIN)
         return PF_ERR_STATE; /* the caller asks pf_request_borrows() first */
-    if ((rc = pf__buffer_reserve(pool(r), out, CHUNK_FRAME)) < 0)
+    return write_borrowed(r, &segment);
+}
+
+/* What can be known of a file before it is promised. */
+static int
+check_file(int fd, int64_t offset, uint64_t len)
+{
+    struct stat file;
+    if (offset < 0)
+        return -EINVAL;
+    if (fstat(fd, &file) < 0)
+        return -errno;
+    if (!S_ISREG(file.st_mode))
+        return -EINVAL;
+    bool has = offset <= file.st_size && len <= (uint64_t)(file.st_size - offset);
+    return has ? 0 : PF_ERR_APP_FILE_SHORT;
+}
+
+int
+pf_request_write_file(pf_request *r, int fd, int64_t offset, uint64_t len, void *ref)
+{
+    int rc = r->dead ? PF_ERR_CLOSED : check_file(fd, offset, len);
+    if (rc < 0 || (rc = before_write(r, len)) < 0)
         return rc;
-    bool chunked = r->answer.flags & PF__ANSWER_CHUNKED;
-    size_t before = out->len;
-    if (chunked)
-        out->len = (size_t)(put_chunk_size(out->data + before, len) - out->data);
-    if ((rc = pf__conn_borrow(r->conn, data, len, ref)) < 0) {
-        out->len = before;
-        return rc;
+    if (rc == 0) {
+        r->answer.written += len;
+        return 0;
     }
-    r->answer.written += len;
-    if (chunked)
-        pf__buffer_put(out, "\r\n", 2);
-    pf__conn_mark_dirty(r->conn);
-    return 0;
+    rc = write_borrowed(r, &(pf__segment){.kind = PF__SEGMENT_FILE,
+                                          .fd = fd,
+                                          .offset = offset,
+                                          .len = (size_t)len,
+                                          .ref = ref});
+    return rc < 0 ? rc : 1;
 }
 
 int
@@ -368,6 +413,14 @@ pf_request_end(pf_request *r)
     return 0;
 }
 
+static int
+borrow_bytes(pf_conn *conn, const char *data, size_t len, void *ref)
+{
+    return pf__conn_borrow(
+        conn, &(pf__segment){
+                  .kind = PF__SEGMENT_BORROWED, .data = data, .len = len, .ref = ref});
+}
+
 int
 pf_request_answer(pf_request *r, int status, const char *type, size_t type_len,
                   const char *body, size_t len, void *ref)
@@ -383,7 +436,7 @@ pf_request_answer(pf_request *r, int status, const char *type, size_t type_len,
     if (PF__UNLIKELY(rc < 0))
         return rc;
     borrow = borrow && !(a->flags & PF__ANSWER_NO_BODY);
-    if (borrow && (rc = pf__conn_borrow(conn, body, len, ref)) < 0) {
+    if (borrow && (rc = borrow_bytes(conn, body, len, ref)) < 0) {
         conn->out.len = a->mark;
         a->flags = 0;
         return rc;

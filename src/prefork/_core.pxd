@@ -295,6 +295,8 @@ cdef extern from "prefork.h" nogil:
     int pf_request_write_ref(pf_request *request, const char *data, size_t len,
                              void *ref)
     bint pf_request_borrows(const pf_request *request, size_t len)
+    int pf_request_write_file(pf_request *request, int fd, int64_t offset,
+                              uint64_t len, void *ref)
     int pf_request_reset(pf_request *request)
     int pf_request_end(pf_request *request)
     int pf_request_abort(pf_request *request)

@@ -22,6 +22,7 @@ from libc.string cimport memcpy, memset
 
 cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(object text)
+    int PyObject_AsFileDescriptor(object file) except -1
 
 from prefork.errors import ClientDisconnected, ProtocolError, RequestError
 
@@ -1126,6 +1127,20 @@ cdef class Request:
     def write(self, data):
         """Write body bytes; returns how many bytes are not taken by the kernel yet."""
         self.put(data if type(data) is bytes else bytes(data))
+        return pf_request_pending(self.loan)
+
+    def write_file(self, file, int64_t offset, uint64_t length):
+        """Write bytes of a regular file as body; returns how many bytes are pending.
+
+        The kernel takes them from the file, which therefore must stay open until they
+        are sent: until then the loop keeps a reference to it, and no longer. Raises
+        ProtocolError if the file ends before, OSError if it cannot be sent so; then
+        nothing is written, and the answer goes on as if nobody had asked.
+        """
+        cdef int fd = PyObject_AsFileDescriptor(file)
+        if check(pf_request_write_file(self.lent(), fd, offset, length,
+                                       <void *>file)) > 0:
+            Py_INCREF(file)
         return pf_request_pending(self.loan)
 
     def want_room(self):
