@@ -95,6 +95,18 @@ pf__buffer_grow(pf__pool *pool, pf__buffer *b, size_t cap)
     return 0;
 }
 
+/* A promise to nobody: without memory for a smaller one, it stays as it is. */
+void
+pf__buffer_shrink(pf__pool *pool, pf__buffer *b, size_t cap)
+{
+    pf__buffer smaller = {0};
+    if (cap < b->len || cap >= b->cap || pf__buffer_grow(pool, &smaller, cap) < 0)
+        return;
+    pf__buffer_put(&smaller, b->data, b->len);
+    pf__buffer_release(pool, b);
+    *b = smaller;
+}
+
 void
 pf__buffer_release(pf__pool *pool, pf__buffer *b)
 {

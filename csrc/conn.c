@@ -27,9 +27,10 @@
 
 enum {
     FILLS_MAX = 16,        /* reads of one connection before others have their turn */
+    SENDS_MAX = 4 << 20,   /* bytes sent to one, likewise */
     BODY_READ_MIN = 16384, /* room offered to a read of body bytes */
+    BODY_ROOM_MAX = 4 * PF__BODY_WINDOW, /* for a body that goes to a file */
     IOV_MAX_HERE = 64,
-    SENDS_MAX = 4 << 20, /* bytes to one connection before others have their turn */
 };
 
 static void pump(pf_conn *conn);
@@ -82,6 +83,7 @@ new_request(pf_conn *conn)
     memset(&r->head, 0, offsetof(pf_head, fields));
     r->conn = conn;
     r->loop = loop;
+    r->body_fd = -1;
     r->max_body = loop->options.max_body_size;
     r->read_timeout_ms = loop->options.read_timeout_ms;
     r->write_timeout_ms = loop->options.write_timeout_ms;
@@ -96,6 +98,8 @@ drop_request(pf_conn *conn)
     if (r == NULL)
         return;
     conn->request = NULL;
+    if (PF__UNLIKELY(r->body_fd >= 0))
+        pf__spill_close(&r->body_fd);
     r->next_free = conn->loop->free_requests;
     conn->loop->free_requests = r;
 }
@@ -657,11 +661,22 @@ read_size(const pf_conn *conn)
     return expected > least ? expected : least;
 }
 
+/* What a body took before it was spilled is not needed while the rest comes. */
+static void
+shrink(pf_conn *conn, size_t want)
+{
+    const pf_request *r = conn->request;
+    if (r != NULL && r->body_fd >= 0)
+        pf__buffer_shrink(&conn->loop->pool, &conn->in, conn->in.len + want);
+}
+
 static int
 make_room(pf_conn *conn)
 {
     pf__buffer *in = &conn->in;
     size_t want = read_size(conn);
+    if (PF__UNLIKELY(in->cap > BODY_ROOM_MAX))
+        shrink(conn, want);
     if (in->cap - in->len > want / 4)
         return 0;
     if (in->len > 0)
@@ -806,6 +821,35 @@ pf__conn_consume(pf_conn *conn, size_t n)
     }
 }
 
+static int
+spill_body(pf_conn *conn, pf_request *r)
+{
+    const char *data = conn->in.data + r->body_at;
+    size_t n = r->body_end - r->body_at;
+    int fd = r->body_fd >= 0 ? r->body_fd : pf__spill_open(conn->loop->spill_dir);
+    int rc = fd < 0 ? fd : pf__spill_write(fd, data, n, r->body_spilled);
+    r->body_fd = fd < 0 ? -1 : fd;
+    if (rc < 0) {
+        pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, rc);
+        return PF_ERR_BODY_STORE;
+    }
+    r->body_spilled += n;
+    pf__conn_consume(conn, n);
+    return 0;
+}
+
+/* More of a body than may wait in memory goes to a file, and then all of it does. */
+static int
+gather(pf_conn *conn)
+{
+    pf_request *r = conn->request;
+    int rc = absorb(conn);
+    size_t n = r->body_end - r->body_at, max = conn->loop->options.body_buffer_size;
+    if (PF__LIKELY(rc < 0 || max == 0 || (n <= max && r->body_fd < 0) || n == 0))
+        return rc;
+    return spill_body(conn, r);
+}
+
 /* It goes before the head of an answer that is begun and not sealed. */
 int
 pf__conn_continue(pf_conn *conn)
@@ -878,18 +922,19 @@ begin_request(pf_conn *conn)
     r->answer.head = (r->head.flags & PF_HEAD_IS_HEAD) != 0;
     if (PF__UNLIKELY(r->head.flags & PF_HEAD_FORWARDED))
         screen_forwarded(conn);
+    bool early = false; /* to be lent before its body is there */
     int rc = body_refusal(conn);
     if (rc == 0 && (r->head.content_length > 0 || r->head.flags & PF_HEAD_CHUNKED)) {
         begin_body(conn);
-        rc = absorb(conn);
+        early = r->expect || (conn->loop->options.flags & PF_OPTION_LEND_HEADS);
+        rc = early ? absorb(conn) : gather(conn);
     } else {
         r->body_done = true;
         r->body_at = r->body_end = conn->raw;
     }
     if (rc < 0)
         pf__conn_refuse(conn, rc);
-    else if (r->body_done || r->expect
-             || (conn->loop->options.flags & PF_OPTION_LEND_HEADS))
+    else if (r->body_done || early)
         lend(conn);
     else
         conn->phase = PF__PHASE_BODY;
@@ -944,7 +989,7 @@ advance_head(pf_conn *conn)
 static int
 advance_body(pf_conn *conn)
 {
-    int rc = absorb(conn);
+    int rc = gather(conn);
     if (rc < 0) {
         pf__conn_refuse(conn, rc);
         return CONTENT;
@@ -961,13 +1006,16 @@ advance_lent(pf_conn *conn)
     pf_request *r = conn->request;
     if (r->want == 0)
         return CONTENT;
-    int rc = absorb(conn);
+    uint64_t before = r->body_spilled;
+    bool whole = r->want == PF_WANT_WHOLE || r->body_fd >= 0;
+    int rc = whole ? gather(conn) : absorb(conn);
     if (rc < 0) {
+        r->want = 0;
         tell_holder(conn, rc);
         return CONTENT;
     }
-    bool some = r->want == PF_WANT_SOME && r->body_end > r->body_at;
-    if (!r->body_done && !some)
+    bool more = r->body_end > r->body_at || r->body_spilled > before;
+    if (!r->body_done && !(r->want == PF_WANT_SOME && more))
         return HUNGRY;
     r->want = 0;
     if (conn->read_deadline != 0)
@@ -1247,6 +1295,7 @@ pf__conn_answered(pf_conn *conn)
         r->waiting = false;
         r->want_room = false; /* the loan is over: nobody is told anything more */
         r->want = 0;
+        pf__spill_close(&r->body_fd);
         await_input(conn);
     } else {
         next_request(conn);

@@ -37,6 +37,7 @@ typedef struct pf__pool {
 } pf__pool;
 
 int pf__buffer_grow(pf__pool *pool, pf__buffer *b, size_t cap); /* -ENOMEM */
+void pf__buffer_shrink(pf__pool *pool, pf__buffer *b, size_t cap);
 void pf__buffer_release(pf__pool *pool, pf__buffer *b);
 void pf__buffer_empty_pool(pf__pool *pool);
 
@@ -57,6 +58,11 @@ pf__buffer_put(pf__buffer *b, const void *data, size_t len)
     memcpy(b->data + b->len, data, len);
     b->len += len;
 }
+
+/* ---- spill.c: a request's body in a temporary file -----------------------------------*/
+int pf__spill_open(const char *dir); /* the fd of an unnamed file, or -errno */
+int pf__spill_write(int fd, const char *data, size_t len, uint64_t offset); /* all */
+void pf__spill_close(int *fd); /* if there is one; then it is -1 */
 
 /* ---- scan.c: how long a run of one character class is, by SIMD or by table ----------*/
 enum {
@@ -416,10 +422,12 @@ struct pf_request {
     bool waiting;             /* its head, or the rest to be dropped, has a deadline */
     uint8_t want;             /* enum pf_want */
     int refused;              /* PF_ERR_* when lent as REFUSED */
+    int body_fd;              /* owns; where its body was spilled, or -1 */
     size_t body_at, body_end; /* in conn->in: decoded, not consumed */
     uint64_t body_left;       /* of Content-Length, not received */
     uint64_t body_received;
-    uint64_t body_before; /* received before it was wanted last */
+    uint64_t body_spilled; /* decoded bytes that are in the file */
+    uint64_t body_before;  /* received before it was wanted last */
     uint64_t max_body;
     uint32_t drained;
     uint32_t read_timeout_ms, write_timeout_ms;
@@ -507,6 +515,7 @@ struct pf_loop {
     pf_row *row;        /* where it counts: its own, or one of a scoreboard */
     pf_row own_row;
     pf__notices notices;
+    char *spill_dir; /* owns */
 };
 
 static inline void

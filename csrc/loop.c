@@ -130,6 +130,15 @@ free_options(pf_options *o)
     free((void *)(uintptr_t)o->forwarded_trust);
 }
 
+static int
+copy_spill_dir(pf_loop *loop)
+{
+    const char *dir = loop->options.spill_dir;
+    loop->options.spill_dir = NULL;
+    loop->spill_dir = strdup(dir ? dir : "/tmp");
+    return loop->spill_dir ? 0 : -ENOMEM;
+}
+
 int
 pf_loop_open(pf_loop **out, const pf_options *options)
 {
@@ -151,6 +160,8 @@ pf_loop_open(pf_loop **out, const pf_options *options)
         rc = owned;
     if (rc == 0)
         rc = open_wake(loop);
+    if (rc == 0)
+        rc = copy_spill_dir(loop);
     read_clocks(loop);
     pf__timer_open(&loop->wheel, loop->now);
     if (rc < 0) {
@@ -986,6 +997,7 @@ pf_loop_free(pf_loop *loop)
     free(loop->released);
     free(loop->notices.list);
     free_options(&loop->options);
+    free(loop->spill_dir);
     free(loop);
     return 0;
 }

@@ -61,6 +61,7 @@ extern "C" {
     X(BODY_TIMEOUT, -20028, 408, "request body took too long")                         \
     X(CONNECTIONS, -20029, 503, "too many connections")                                \
     X(CONNECTIONS_PER_IP, -20030, 429, "too many connections from one address")        \
+    X(BODY_STORE, -20031, 503, "request body could not be stored")                     \
     X(APP_STATUS, -20101, 0, "status is not between 100 and 999")                      \
     X(APP_FIELD_NAME, -20102, 0, "response field name is not a token")                 \
     X(APP_FIELD_VALUE, -20103, 0, "response field value holds a control character")    \
@@ -387,6 +388,9 @@ typedef struct pf_options {
     uint32_t max_header_size;         /* the whole head, then 431 */
     uint32_t max_fields;              /* then 431 */
     uint64_t max_body_size;           /* then 413 */
+    uint32_t body_buffer_size;        /* of a body gathered whole; a larger one is spilled
+                                         into a file; 0: none is */
+    const char *spill_dir;            /* where that file is made, NULL: "/tmp"; copies */
     const char *server;               /* Server field, NULL: none; copies */
     const char *content_type;         /* default Content-Type, NULL: none; copies */
     unsigned flags;                   /* PF_OPTION_* */
@@ -509,6 +513,16 @@ typedef struct pf_slice {
 pf_slice pf_request_body(const pf_request *request);  /* lends what has arrived */
 bool pf_request_body_done(const pf_request *request); /* nothing more will arrive */
 int pf_request_consume(pf_request *request, size_t n); /* give back n body bytes */
+
+/* A body that is gathered whole, before its loan or because WHOLE was wanted, and is
+ * larger than body_buffer_size, goes to a temporary file without a name: all that was
+ * not consumed before, in order, and nothing of it stays in memory. If that fails, the
+ * request is refused (BODY_STORE), or CLOSED says so; a notice carries the errno. */
+int pf_request_body_fd(const pf_request *request); /* lends; -1: it is in memory */
+int pf_request_take_body_fd(pf_request *request);  /* the caller owns it; at its
+      beginning. -1: it is in memory, not done, or taken already */
+uint64_t pf_request_body_size(const pf_request *request); /* bytes that have arrived,
+      in memory or in the file, and were not consumed */
 
 enum pf_want { PF_WANT_SOME = 1, PF_WANT_WHOLE = 2 };
 int pf_request_want_body(pf_request *request, int want);

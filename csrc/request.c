@@ -100,6 +100,27 @@ pf_request_body_done(const pf_request *r)
 }
 
 int
+pf_request_body_fd(const pf_request *r)
+{
+    return r->body_fd;
+}
+
+int
+pf_request_take_body_fd(pf_request *r)
+{
+    int fd = r->body_done ? r->body_fd : -1;
+    if (fd >= 0)
+        r->body_fd = -1;
+    return fd;
+}
+
+uint64_t
+pf_request_body_size(const pf_request *r)
+{
+    return r->body_spilled + (r->body_end - r->body_at);
+}
+
+int
 pf_request_consume(pf_request *r, size_t n)
 {
     if (n > r->body_end - r->body_at)

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "src" / "prefork"
 ROOMS: dict[str, set[str]] = {
     "error": set(),
     "buffer": {"error"},
+    "spill": set(),
     "scan": set(),
     "http": {"buffer", "scan"},
     "trust": set(),
@@ -36,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "crew": set(),
     "conn": {
         *{"http", "response", "poller_epoll", "timer", "peers", "scoreboard"},
-        *{"trust", "proxy"},
+        *{"trust", "proxy", "spill"},
     },
     "request": {"conn"},
     "loop": {"conn", "mailbox", "scoreboard"},

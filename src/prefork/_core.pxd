@@ -186,6 +186,8 @@ cdef extern from "prefork.h" nogil:
         uint32_t min_body_rate, read_buffer_size, max_target_size, max_field_size
         uint32_t max_header_size, max_fields
         uint64_t max_body_size
+        uint32_t body_buffer_size
+        const char *spill_dir
         const char *server
         const char *content_type
         unsigned flags, proxy_protocol
@@ -280,6 +282,9 @@ cdef extern from "prefork.h" nogil:
     pf_slice pf_request_body(const pf_request *request)
     bint pf_request_body_done(const pf_request *request)
     int pf_request_consume(pf_request *request, size_t n)
+    int pf_request_body_fd(const pf_request *request)
+    int pf_request_take_body_fd(pf_request *request)
+    uint64_t pf_request_body_size(const pf_request *request)
     int pf_request_want_body(pf_request *request, int want)
     int pf_request_limit(pf_request *request, int64_t max_body_size,
                          int64_t read_timeout_ms, int64_t write_timeout_ms)

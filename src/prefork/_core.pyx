@@ -532,6 +532,12 @@ cdef int read_options(pf_options *o, dict given, list keep) except -1:
             o.max_fields = value
         elif name == "max_body_size":
             o.max_body_size = value
+        elif name == "body_buffer_size":
+            o.body_buffer_size = value
+        elif name == "spill_dir":
+            text = os.fsencode(value)
+            keep.append(text)
+            o.spill_dir = text
         else:
             raise TypeError(f"a loop has no option {name!r}")
     return 0
@@ -1012,6 +1018,14 @@ cdef class Request:
         cdef bytes data = part.data[:part.len] if part.len > 0 else b""
         check(pf_request_consume(self.loan, part.len))
         return data
+
+    def body_file(self):
+        """(fd, size) of a body that was spilled, or None: then take_body() has it.
+
+        The fd, at the body's beginning, is the caller's to close; it is given once.
+        """
+        cdef int fd = pf_request_take_body_fd(self.lent())
+        return None if fd < 0 else (fd, pf_request_body_size(self.loan))
 
     def want_body(self, bint whole):
         """Have BODY told when bytes are there, or all are; sends 100 Continue."""

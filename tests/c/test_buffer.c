@@ -105,6 +105,21 @@ what_is_asked_for_at_once_is_there(void)
 }
 
 static void
+shrinking_keeps_the_bytes_and_gives_back_the_room(void)
+{
+    pf__buffer b = {0};
+    append(&b, "hello", 5);
+    assert(pf__buffer_grow(&pool, &b, 10 * (size_t)LARGEST) == 0);
+    pf__buffer_shrink(&pool, &b, 4); /* there is more in it */
+    pf__buffer_shrink(&pool, &b, b.cap);
+    assert(b.cap >= 10 * (size_t)LARGEST);
+    pf__buffer_shrink(&pool, &b, 100);
+    assert(b.cap == SMALLEST && b.len == 5 && memcmp(b.data, "hello", 5) == 0);
+    assert(pool.in_use == 1);
+    pf__buffer_release(&pool, &b);
+}
+
+static void
 spare_memory_is_bounded(void)
 {
     enum { MANY = 3000 };
@@ -170,6 +185,7 @@ main(void)
     a_buffer_keeps_its_bytes_through_every_size();
     growing_doubles_at_least();
     what_is_asked_for_at_once_is_there();
+    shrinking_keeps_the_bytes_and_gives_back_the_room();
     spare_memory_is_bounded();
     buffers_do_not_overlap();
     an_emptied_pool_holds_nothing();
