@@ -17,7 +17,10 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -96,6 +99,7 @@ static struct world {
 static pf_loop *loop;
 static char refs[REFS];
 static char bodies[LETTERS][LONGEST];
+static int file; /* of the same bytes */
 static char sent[PEERS][SENT_MAX];
 static char heard[PEERS][HEARD_MAX];
 
@@ -122,6 +126,10 @@ open_loop(void)
     assert(pf_loop_open(&loop, &options) == 0);
     for (int i = 0; i < LETTERS; i++)
         memset(bodies[i], 'a' + i, LONGEST);
+    file = memfd_create("bodies", MFD_CLOEXEC);
+    if (file < 0 || write(file, bodies, sizeof bodies) != (ssize_t)sizeof bodies)
+        abort();
+    signal(SIGPIPE, SIG_IGN); /* of sendfile() */
     /* The pool's lists are full for ever: what is released is freed, and seen if used. */
     for (int i = 0; i < PF__BUFFER_CLASSES; i++)
         loop->pool.spares[i] = PF__BUFFER_SPARES;
@@ -158,6 +166,8 @@ pick_options(void)
     for (int i = 0; i < 6; i++)
         if (pick & 1 << i)
             o->flags |= flags[i];
+    if (pick & 1 << 2)
+        o->body_buffer_size = 4; /* nearly every body goes to a file */
     if (pick & 1 << 6) {
         o->max_requests = 2;
         o->max_body_size = 1000;
@@ -252,6 +262,16 @@ expected_body(const loan *l, size_t *end, bool *done)
     return (pf_slice){copy + l->start + head->size, at - l->start - head->size};
 }
 
+/* What is in its file, which is whole wherever it is looked at. */
+static pf_slice
+spilled_body(const loan *l)
+{
+    static char copy[SENT_MAX];
+    ssize_t n = pread(pf_request_body_fd(l->request), copy, sizeof copy, 0);
+    assert(n > 0);
+    return (pf_slice){copy, (size_t)n};
+}
+
 static void
 check_head(const loan *l)
 {
@@ -273,7 +293,12 @@ look_at(loan *l)
         return;
     check_head(l);
     pf_slice expected = expected_body(l, &end, &done);
+    if (pf_request_body_fd(l->request) >= 0) {
+        assert(body.len == 0);
+        body = spilled_body(l);
+    }
     assert(l->consumed + body.len <= expected.len);
+    assert(body.len == pf_request_body_size(l->request));
     assert(body.len == 0
            || memcmp(body.data, expected.data + l->consumed, body.len) == 0);
     assert(!done_here || (done && l->consumed + body.len == expected.len));
@@ -282,10 +307,16 @@ look_at(loan *l)
 }
 
 /* ---- what a handler may do ----------------------------------------------------------*/
+static int
+letter_of(const loan *l)
+{
+    return l->asked != NULL ? l->asked->letter : 0;
+}
+
 static char *
 letters_of(const loan *l)
 {
-    return bodies[l->asked != NULL ? l->asked->letter : 0];
+    return bodies[letter_of(l)];
 }
 
 static size_t
@@ -331,12 +362,23 @@ add_field(loan *l)
     pf_request_field(l->request, f[0], strlen(f[0]), f[1], strlen(f[1]));
 }
 
+static int
+write_file(loan *l, size_t len)
+{
+    int64_t at = (int64_t)letter_of(l) * LONGEST;
+    return pf_request_write_file(l->request, file, at, len, &refs[w.borrowed]);
+}
+
 static void
 write_some(loan *l, bool borrow)
 {
     size_t len = some_length();
     if (!borrow || w.borrowed == REFS || !pf_request_borrows(l->request, len)) {
         pf_request_write(l->request, letters_of(l), len);
+        return;
+    }
+    if (letter_of(l) % 2 == 1) { /* half of them out of a file */
+        w.borrowed += write_file(l, len) == 1;
         return;
     }
     int rc = pf_request_write_ref(l->request, letters_of(l), len, &refs[w.borrowed]);
@@ -893,6 +935,16 @@ check_nothing_is_left(void)
         assert(w.released[i] == 1);
 }
 
+/* Files that were spilled are among the first. */
+static int
+count_fds(void)
+{
+    int n = 0;
+    for (int fd = 0; fd < 64; fd++)
+        n += fcntl(fd, F_GETFD) >= 0;
+    return n;
+}
+
 static void
 clean_up(void)
 {
@@ -915,6 +967,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     if (loop == NULL)
         open_loop();
+    int fds = count_fds();
     reset_world(data, size);
     pick_options();
     pf_loop_touch(loop);
@@ -926,5 +979,6 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         check_heard(&w.peers[i]);
     check_nothing_is_left();
     clean_up();
+    assert(count_fds() == fds);
     return 0;
 }
