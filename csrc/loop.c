@@ -24,6 +24,7 @@ enum {
     PAUSE_MS = 100,       /* without accepting when descriptors have run out */
     REFUSED_MAX = 128,    /* connections over the limit that may wait for their 503 */
     CROWDED = 6,          /* connections more than another, to pass one on */
+    MANY = 128,           /* connections, of which a smaller part is too many */
     BALANCE_MS = 100,     /* between two looks at the others' loads */
     BALANCE_SCAN = 256,   /* connections looked at for quiet ones */
     SAMPLE = 4,           /* other workers compared with for each connection */
@@ -391,6 +392,14 @@ send_to(pf_loop *loop, pf_row *row, const pf__mail *mail, int fd)
     return false;
 }
 
+/* How many more connections are too many. Few come and go, and their number jumps; many
+ * stay, and where each may occupy a thread, a handful too many has to wait. */
+static uint32_t
+tolerated(uint32_t load)
+{
+    return load < MANY ? CROWDED : 2 + load / MANY;
+}
+
 /* A worker that should have some of ours, or NULL. */
 static pf_row *
 less_loaded(pf_loop *loop)
@@ -402,7 +411,7 @@ less_loaded(pf_loop *loop)
     if (row == NULL)
         return NULL;
     uint32_t load = load_of(row);
-    return own > load + CROWDED + load / 64 ? row : NULL;
+    return own > load + tolerated(load) ? row : NULL;
 }
 
 static bool
@@ -563,6 +572,7 @@ heed_mail(pf_loop *loop)
 {
     pf__mail mail;
     int fd;
+    loop->mail_came = false;
     while (pf__mailbox_receive(loop->mailbox.fd, &mail, &fd) > 0)
         open_mail(loop, &mail, fd);
 }
@@ -777,7 +787,7 @@ dispatch(pf_loop *loop, const pf__readiness *ready, pf_event *event)
         heed_wake(loop);
         return 0;
     case PF__SOURCE_MAILBOX:
-        heed_mail(loop);
+        loop->mail_came = true; /* a letter may free what this batch still names */
         return 0;
     case PF__SOURCE_TIMER:
         loop->poller.armed = 0; /* it has fired: arm it anew */
@@ -815,6 +825,8 @@ poll_once(pf_loop *loop, pf_event *events, int max, int timeout_ms)
         __builtin_prefetch(ready[i].data.ptr, 1);
     for (int i = 0; i < n; i++)
         taken += dispatch(loop, &ready[i], taken < max ? &events[taken] : NULL);
+    if (loop->mail_came)
+        heed_mail(loop);
     expire(loop);
     return taken;
 }

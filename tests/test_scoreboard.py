@@ -253,6 +253,20 @@ def test_the_queue_of_a_vacant_slot_is_served_by_who_adopts_it(fleet, board):
     assert successor.stats()["accepted"] > 0
 
 
+def test_a_queue_given_back_as_it_fills_is_left_to_its_own_worker(fleet, board):
+    one = fleet(2, reuseport=True)
+    one.loops.pop().shut()
+    board.retire(one.rows[1])
+    for _ in range(20):
+        board.adopt(one.rows[0], 1, one.listeners[1].fileno())
+        one.turn()
+        board.release(one.rows[0], 1)
+        one.connect(4)  # the letter and the queue are news of the same moment
+        one.turn()
+    one.add(1, one.listeners[1])
+    one.until(lambda: sum(one.held) == 80)
+
+
 def test_letters_of_other_users_are_not_read(fleet, board):
     if os.getuid() != 0:
         pytest.skip("only root can be somebody else")
