@@ -386,6 +386,7 @@ cdef class Request:
     cdef int start(self, int status, bytes reason, list fields) except -1
     cdef int put(self, bytes data) except -1
     cdef int whole(self, bytes data) except -1
+    cdef int conclude(self) except -1
     cdef int64_t announced(self)
 
 cdef class Headers:

@@ -1114,6 +1114,10 @@ cdef class Request:
             self.field(name, value)
         return 0
 
+    def set_length(self, uint64_t length):
+        """The body's length, unless a field has said it; before the first write."""
+        check(pf_request_set_length(self.lent(), length))
+
     cdef int64_t announced(self):
         """The length of the body, as fields have said it; -1: unknown."""
         return pf_request_length(self.loan)
@@ -1131,10 +1135,13 @@ cdef class Request:
 
     cdef int whole(self, bytes data) except -1:
         """The whole body, of an answer that was started; ends the loan."""
-        cdef int rc
         check(pf_request_set_length(self.lent(), PyBytes_GET_SIZE(data)))
         self.put(data)
-        rc = pf_request_end(self.loan)
+        return self.conclude()
+
+    cdef int conclude(self) except -1:
+        """end(), for who keeps nothing of the request."""
+        cdef int rc = pf_request_end(self.lent())
         self.ended()
         return check(rc)
 

@@ -7,6 +7,8 @@ request to its end, through whichever thread: what touches the loop is done at o
 this thread leads, else posted to the one that does.
 """
 import io
+import os
+import stat
 import sys
 import threading
 from urllib.parse import unquote_to_bytes
@@ -98,6 +100,14 @@ def template(multithread, multiprocess, errors, software, root_path=""):
 
 # ---- environ ----
 
+FORWARDED = frozenset([
+    key_of(name)
+    for name in (
+        "forwarded", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"
+    )
+])
+
+
 cdef str latin_text(const char *text, Py_ssize_t size):
     return PyUnicode_DecodeLatin1(text, size, NULL)
 
@@ -143,6 +153,7 @@ cdef struct Block:  # of header fields that came at least twice
     uint64_t hash
     char *bytes
     size_t size
+    unsigned nfields   # fewer if some were not to be believed
     PyObject *environ  # the template with its fields
 
 
@@ -218,6 +229,15 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             self.template[SERVER_PORT] = environ[SERVER_PORT] = text
         return 0
 
+    cdef int set_origin(self, dict environ, Request request) except -1:
+        """What a trusted proxy says of the client."""
+        host, port = request.client
+        environ[REMOTE_ADDR], environ[REMOTE_PORT] = host, str(port) if port else EMPTY
+        environ["wsgi.url_scheme"] = request.told_scheme() or self.desk.scheme
+        if request.host:
+            environ["HTTP_HOST"] = request.host
+        return 0
+
     cdef int set_path(self, dict environ, const pf_head *head,
                       const char *data) except -1:
         cdef str path, target
@@ -280,7 +300,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             return None
         if self.header_map == "refuse":
             raise RequestError(f"header field name with an underscore: {name}", 400)
-        return key_of(name.lower())
+        key = key_of(name.lower())
+        return None if key in FORWARDED else key  # trust looks at real names only
 
     def __dealloc__(self):
         cdef int i
@@ -299,22 +320,24 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef size_t size = head.size - head.fields[0].name_at
         cdef uint64_t hash
         cdef Block *block
+        cdef bint again
         if head.nfields == 0 or size > BLOCK_MAX:
             environ = PyDict_Copy(self.template)
             self.set_fields(environ, head, data)
             return environ
         hash = pf_http_hash(bytes, size)
         block = &self.blocks[hash % BLOCKS]
-        if block.hash == hash and block.size == size and block.bytes is not NULL:
-            if memcmp(block.bytes, bytes, size) == 0:
-                return PyDict_Copy(<dict>block.environ)
+        again = (block.hash == hash and block.size == size
+                 and block.nfields == head.nfields)
+        if again and block.bytes is not NULL and memcmp(block.bytes, bytes, size) == 0:
+            return PyDict_Copy(<dict>block.environ)
         environ = PyDict_Copy(self.template)
         self.set_fields(environ, head, data)
-        if block.hash == hash and block.size == size:
+        if again:
             self.remember(block, environ, bytes, size)
         else:  # for the first time: it may never come again
             self.forget(block)
-            block.hash, block.size = hash, size
+            block.hash, block.size, block.nfields = hash, size, head.nfields
         return environ
 
     cdef int remember(self, Block *block, dict environ, const char *bytes,
@@ -341,6 +364,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             PyDict_SetItem(environ, PROTOCOL, HTTP_1_0)
         self.set_path(environ, head, data)
         self.set_ends(environ, request)
+        if request.is_forwarded():
+            self.set_origin(environ, request)
         cdef Input body = Input.__new__(Input)
         body.answer = answer
         if head.flags & PF_HEAD_CHUNKED or head.content_length > 0:
@@ -354,7 +379,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef int take_body(self, dict environ, Request request, Input body) except -1:
         """All of it that is here; a chunked one has a length then, RFC 9112 7.1.3."""
         if not request.is_whole():
-            body.awaited = True
+            body.answer.input = body
             return 0
         size = body.take(request)
         if request.head.flags & PF_HEAD_CHUNKED:
@@ -378,13 +403,11 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             body = answer.only_part(result)
             if body is None:
                 answer.deliver(result)
-            elif self.crew is None:
+            elif self.crew is None and answer.input is None:
                 self.loop.touch()
                 answer.complete_now(body)
-            elif self.leave():
-                answer.end_now(body, None)
             else:
-                self.post(answer.end_now, body, None)
+                answer.conclude(body, None)
         except BaseException as error:
             answer.fail(error)
         return 0
@@ -429,6 +452,7 @@ cdef class Answer:
     cdef object closing   # close() of what the app returned
     cdef bint waits       # the app's thread waits for an event
     cdef object gate      # a lock, at which it does so in a crew
+    cdef Input input      # whose body is in a file, or still to come
 
     # -- what apps call --
 
@@ -501,8 +525,19 @@ cdef class Answer:
             return request.whole(body)
         if not self.head:
             request.put(body)
-        request.end()
-        return 0
+        return request.conclude()
+
+    cdef int complete_file_now(self, file) except -1:
+        """Answer with a file, as much of it as was announced."""
+        cdef Request request = self.request
+        self.start_now()
+        length = file.length
+        if request.announced() < 0:
+            request.set_length(length)
+        elif request.announced() < length:
+            length = request.announced()
+        request.write_file(file, file.offset, length)
+        return request.conclude()
 
     # -- piece by piece --
 
@@ -510,6 +545,11 @@ cdef class Answer:
         """Send what the app returned; in its thread."""
         self.closing = getattr(result, "close", None)
         try:
+            if type(result) is FileWrapper and not self.committed:
+                sent = result.sendable()
+                if sent is not None:
+                    self.conclude(sent, None)
+                    return 0
             self.parts = iter(result)
         except BaseException as error:
             self.fail(error)
@@ -687,8 +727,7 @@ cdef class Answer:
     # -- events of the loan, told by who leads --
 
     def on_body(self):
-        if self.request.content is None:
-            self.request.content = self.request.take_body()
+        self.input.take(self.request)
         self.open_gate()
 
     def on_writable(self):
@@ -710,33 +749,31 @@ cdef class Answer:
 
     cdef int finish(self) except -1:
         """All is sent."""
-        self.conclude(None)
-        return 0
+        return self.conclude(None, None)
 
     cdef int fail(self, error) except -1:
         """The app has raised, or broken a rule."""
-        self.conclude(error)
-        return 0
+        return self.conclude(None, error)
 
-    cdef int conclude(self, error) except -1:
+    cdef int conclude(self, body, error) except -1:
         """End the loan where the lead is, then have the app clean up here."""
         cdef Dispatcher dispatcher = self.dispatcher
         self.parts = None
         if not dispatcher.leave():
-            dispatcher.post(self.end_now, None, error)
+            dispatcher.post(self.end_now, body, error)
             self.clean_up()
             return 0
         try:
-            self.end_now(None, error)
+            self.end_now(body, error)
         finally:
-            if self.closing is not None:
+            if self.closing is not None or self.input is not None:
                 dispatcher.loop.flush()  # it may take its time
                 dispatcher.enter(self.request)
                 self.clean_up()
                 dispatcher.leave()
         return 0
 
-    cpdef end_now(self, bytes body, error):
+    cpdef end_now(self, body, error):
         """End the loan: with a whole body, with what was sent, or with an error."""
         cdef Request request = self.request
         if request.loan is NULL:
@@ -748,10 +785,12 @@ cdef class Answer:
                 error = self.error
             if error is not None:
                 raise error
-            if body is not None:
+            if type(body) is SentFile:
+                self.complete_file_now(body)
+            elif body is not None:
                 self.complete_now(body)
             elif self.begun:
-                request.end()
+                request.conclude()
             else:
                 self.complete_now(b"")
         except Exception as raised:
@@ -763,6 +802,9 @@ cdef class Answer:
     cdef int clean_up(self) except -1:
         """close() of what the app returned, which PEP 3333 owes on every path."""
         closing, self.closing = self.closing, None
+        if self.input is not None:
+            self.input.close()
+            self.input = None
         if closing is None:
             return 0
         try:
@@ -793,25 +835,34 @@ cdef class Input:
     """
 
     cdef Answer answer
-    cdef bint awaited
     cdef bytes content
     cdef object file
 
-    cdef Py_ssize_t take(self, Request request) except -1:
-        """Take the body over from its request; returns its size."""
-        if request.content is None:
-            request.content = request.take_body()
+    cdef object take(self, Request request):
+        """Take the body over from its request, where the lead is; returns its size."""
+        found = request.body_file() if request.loan is not NULL else None
+        if found is not None:
+            self.file = open(found[0], "rb")
+            self.answer.input = self
+            return found[1]
         self.content = request.content
+        if self.content is None:
+            self.content = request.take_body()
         return PyBytes_GET_SIZE(self.content)
 
     cdef object opened(self):
         if self.file is None:
-            if self.awaited:
-                self.awaited = False
+            if self.content is None and self.answer.input is self:
                 self.answer.await_body()
-                self.take(self.answer.request)
-            self.file = io.BytesIO(self.content or b"")
+            if self.file is None:
+                self.file = io.BytesIO(self.content or b"")
         return self.file
+
+    cdef int close(self) except -1:
+        """The answer is complete, and with it what the app may read."""
+        if self.file is not None:
+            self.file.close()
+        return 0
 
     def read(self, size=-1):
         """Up to size bytes, all if it is negative or None."""
@@ -842,3 +893,28 @@ class FileWrapper:
 
     def __iter__(self):
         return iter(lambda: self.file.read(self.block_size), b"")
+
+    def sendable(self):
+        """The rest of a regular file, for the kernel to send; None if it is none."""
+        try:
+            fd = self.file.fileno()
+            offset = self.file.tell()
+            status = os.fstat(fd)
+        except (AttributeError, OSError, ValueError, TypeError):
+            return None
+        if not stat.S_ISREG(status.st_mode) or offset > status.st_size:
+            return None
+        return SentFile(os.dup(fd), offset, status.st_size - offset)
+
+
+class SentFile:
+    """A file of our own that is being sent: the app may close the one it has."""
+
+    def __init__(self, fd, offset, length):
+        self.fd, self.offset, self.length = fd, offset, length
+
+    def fileno(self):
+        return self.fd
+
+    def __del__(self):
+        os.close(self.fd)

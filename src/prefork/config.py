@@ -423,6 +423,15 @@ class Config:
     max_request_body_size: int = _limit(
         1 << 30, "Then 413.", SIZE, 0, maximum=2**63 - 1
     )
+    body_buffer_size: int = _limit(
+        512 << 10,
+        "Of a request body, then it goes to a temporary file; 0: never.  WSGI only.",
+        SIZE,
+        0,
+    )
+    body_temp_dir: str | None = _option(
+        None, "Where that file is.", PATH, Group.LIMITS, none="as TMPDIR says"
+    )
     read_buffer_size: int = _limit(
         4096, "First size of a connection's read buffer.", SIZE, 256
     )

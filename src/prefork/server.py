@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,7 +66,10 @@ def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
     """What the C loop is told; its names are those of prefork.h."""
     hooks = config.header_received is not None
     bare = config.no_default_content_type or interface != "native"
+    spills = interface == "wsgi"
     return {
+        "body_buffer_size": config.body_buffer_size if spills else 0,
+        "spill_dir": config.body_temp_dir or tempfile.gettempdir(),
         "max_connections": config.concurrency,
         "max_connections_per_ip": config.max_conns_per_ip,
         "max_requests": config.max_requests_per_conn,
