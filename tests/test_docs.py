@@ -13,8 +13,10 @@ from prefork import Prefork, cli, errors
 from prefork.config import DEFAULTS, OPTIONS, PREFORK, Config, names
 from prefork.master import SIGNALS
 
-PAGE = (Path(__file__).parent.parent / "docs" / "prefork.md").read_text()
-PROGRAMS = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL)
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "prefork.md").read_text()
+PAGES = PAGE + (DOCS / "wsgi.md").read_text()
+PROGRAMS = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGES, re.DOTALL)
 CLOSE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
@@ -35,7 +37,7 @@ def test_each_program_of_the_page_runs(tmp_path, name, source):
 
 
 def test_there_are_programs():
-    assert len(PROGRAMS) == PAGE.count("```python")
+    assert len(PROGRAMS) == PAGES.count("```python")
 
 
 def test_the_file_of_the_page_is_valid(tmp_path):
