@@ -507,7 +507,7 @@ struct pf_loop {
     int64_t balance_at;   /* when to compare loads again */
     int64_t mail_until;   /* in a drain, for what was promised */
     int64_t accept_until; /* in a drain, of quiesced listeners */
-    bool draining, drained, closed, embedded, woken, mail_came;
+    bool draining, drained, closed, embedded, woken, has_mail;
     uint64_t next_id;
     pf_scoreboard *board; /* of the fleet; NULL: alone */
     pf__source mailbox;

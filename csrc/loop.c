@@ -572,7 +572,7 @@ heed_mail(pf_loop *loop)
 {
     pf__mail mail;
     int fd;
-    loop->mail_came = false;
+    loop->has_mail = false;
     while (pf__mailbox_receive(loop->mailbox.fd, &mail, &fd) > 0)
         open_mail(loop, &mail, fd);
 }
@@ -787,7 +787,7 @@ dispatch(pf_loop *loop, const pf__readiness *ready, pf_event *event)
         heed_wake(loop);
         return 0;
     case PF__SOURCE_MAILBOX:
-        loop->mail_came = true; /* a letter may free what this batch still names */
+        loop->has_mail = true;
         return 0;
     case PF__SOURCE_TIMER:
         loop->poller.armed = 0; /* it has fired: arm it anew */
@@ -825,8 +825,8 @@ poll_once(pf_loop *loop, pf_event *events, int max, int timeout_ms)
         __builtin_prefetch(ready[i].data.ptr, 1);
     for (int i = 0; i < n; i++)
         taken += dispatch(loop, &ready[i], taken < max ? &events[taken] : NULL);
-    if (loop->mail_came)
-        heed_mail(loop);
+    if (PF__UNLIKELY(loop->has_mail))
+        heed_mail(loop); /* last: it may free a listener that this batch names */
     expire(loop);
     return taken;
 }
