@@ -108,6 +108,22 @@ pf__mailbox_send(int from, const pf_row *to, const pf__mail *mail, int fd)
     return post(from, &message);
 }
 
+/* The first descriptor is the letter's; more, for which the padding of our room has
+ * place, are ours to close: whoever sends them is not asked first. */
+static void
+keep_first(const struct cmsghdr *c, int *passed)
+{
+    size_t n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < n; i++) {
+        int fd;
+        memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+        if (*passed < 0)
+            *passed = fd;
+        else
+            close(fd);
+    }
+}
+
 /* What came with a letter: who sent it, and a descriptor that is ours from now on. */
 static bool
 open_enclosures(struct msghdr *message, int *passed)
@@ -122,7 +138,7 @@ open_enclosures(struct msghdr *message, int *passed)
             memcpy(&sender, CMSG_DATA(c), sizeof sender);
             trusted = sender.uid == geteuid() || sender.uid == 0;
         } else if (c->cmsg_type == SCM_RIGHTS) {
-            memcpy(passed, CMSG_DATA(c), sizeof *passed);
+            keep_first(c, passed);
         }
     }
     return trusted;

@@ -1,11 +1,14 @@
-/* test_mailbox.c - what reaches a worker through its mailbox. */
+/* test_mailbox.c - what reaches a worker through its mailbox, from friends and others. */
 #define _GNU_SOURCE
 #undef NDEBUG
 #include "internal.h"
 
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static pf_scoreboard *board;
@@ -52,6 +55,18 @@ connected_peer(int listener)
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert(fd >= 0 && connect(fd, (struct sockaddr *)&at, len) == 0);
     return fd;
+}
+
+static int
+open_descriptors(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    int n = 0;
+    assert(dir != NULL);
+    while (readdir(dir) != NULL)
+        n++;
+    closedir(dir);
+    return n;
 }
 
 /* A turn that brings nothing to the caller. */
@@ -101,9 +116,78 @@ a_listener_may_be_released_just_when_somebody_connects(void)
     close_worker();
 }
 
+/* ---- letters of others --------------------------------------------------------------*/
+/* As many descriptors as the receiver takes, by somebody who is not us. */
+static void
+send_descriptors(int n)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    size_t len = loop->row->mailbox_len;
+    memcpy(name.sun_path, loop->row->mailbox, len);
+    pf__mail mail = {.kind = PF__MAIL_ADOPT};
+    struct iovec iov = {.iov_base = &mail, .iov_len = sizeof mail};
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(8 * sizeof(int))];
+    } control = {0};
+    struct msghdr message = {
+        .msg_name = &name,
+        .msg_namelen = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len),
+        .msg_iov = &iov,
+        .msg_iovlen = 1,
+        .msg_control = &control,
+        .msg_controllen = CMSG_SPACE((size_t)n * sizeof(int))};
+    struct cmsghdr *cmsg = CMSG_FIRSTHDR(&message);
+    cmsg->cmsg_level = SOL_SOCKET;
+    cmsg->cmsg_type = SCM_RIGHTS;
+    cmsg->cmsg_len = CMSG_LEN((size_t)n * sizeof(int));
+    for (int i = 0; i < n; i++)
+        memcpy(CMSG_DATA(cmsg) + (size_t)i * sizeof(int), &(int){STDIN_FILENO},
+               sizeof(int));
+    int from = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    assert(from >= 0 && sendmsg(from, &message, 0) == sizeof mail);
+    close(from);
+}
+
+static void
+no_descriptor_of_a_letter_that_holds_too_many_is_kept(void)
+{
+    open_worker();
+    int before = open_descriptors();
+    for (int n = 2; n <= 8; n++)
+        send_descriptors(n);
+    quiet();
+    assert(open_descriptors() == before && loop->listeners == NULL);
+    close_worker();
+}
+
+/* Where we are root, another user can be had. */
+static void
+no_descriptor_of_another_user_is_kept(void)
+{
+    if (geteuid() != 0)
+        return;
+    open_worker();
+    int before = open_descriptors();
+    pid_t pid = fork();
+    if (pid == 0) {
+        assert(setuid(65534) == 0);
+        for (int n = 1; n <= 3; n++)
+            send_descriptors(n);
+        _exit(0);
+    }
+    int status;
+    assert(waitpid(pid, &status, 0) == pid && status == 0);
+    quiet();
+    assert(open_descriptors() == before && loop->listeners == NULL);
+    close_worker();
+}
+
 int
 main(void)
 {
     an_adopted_listener_is_accepted_from_until_it_is_released();
     a_listener_may_be_released_just_when_somebody_connects();
+    no_descriptor_of_a_letter_that_holds_too_many_is_kept();
+    no_descriptor_of_another_user_is_kept();
 }
