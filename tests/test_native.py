@@ -1184,6 +1184,24 @@ def test_an_exit_in_a_handler_with_a_body_on_its_way_is_a_500(serve):
     assert live.client().ask(STREAMED).status == 500
 
 
+# ---- Other threads -------------------------------------------------------------------
+
+
+def test_a_head_may_be_read_by_a_thread_while_the_body_arrives(serve):
+    seen: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    live = serve(lambda request: request.method, header_received=seen.put)
+    client = live.client()
+    sender = threading.Thread(target=client.send, args=[post(bytes(32 << 20))])
+    sender.start()
+    request = seen.get(timeout=SOON)
+    told = set()
+    while sender.is_alive():
+        told.add((request.method, request.target, request.headers["host"]))
+    assert client.answer().body == b"POST" and told <= {("POST", b"/", "a")}
+
+
+
+
 # ---- Pipelining and HTTP/1.0 ---------------------------------------------------------
 
 

@@ -1029,6 +1029,8 @@ cdef class Request:
 
     def want_body(self, bint whole):
         """Have BODY told when bytes are there, or all are; sends 100 Continue."""
+        if not pf_request_body_done(self.lent()):
+            self.detach()  # the buffer moves without the GIL as the body comes
         check(pf_request_want_body(self.lent(),
                                    PF_WANT_WHOLE if whole else PF_WANT_SOME))
 
