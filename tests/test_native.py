@@ -1200,6 +1200,34 @@ def test_a_head_may_be_read_by_a_thread_while_the_body_arrives(serve):
     assert client.answer().body == b"POST" and told <= {("POST", b"/", "a")}
 
 
+def test_an_answer_from_another_thread_is_refused_while_the_loop_works(serve):
+    held = Held()
+    raised: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def parts() -> Iterator[bytes]:
+        yield bytes(16 << 20)
+        yield b"end"
+
+    def write(request: Request) -> None:
+        held.wait()
+        try:
+            request.write(b"x")
+            raised.put(None)
+        except Exception as error:
+            raised.put(error)
+
+    def handler(request: Request) -> Iterator[bytes]:
+        threading.Thread(target=write, args=[request]).start()
+        return parts()
+
+    client = serve(handler).client()
+    client.send(GET)
+    head = client.until(b"\r\n\r\n")  # the loop sleeps until there is room
+    held.let_go()
+    assert "in its loop's thread only" in str(raised.get(timeout=SOON))
+    client.unread = head + client.unread
+    assert client.answer().body[16 << 20 :] == b"end"
+
 
 
 # ---- Pipelining and HTTP/1.0 ---------------------------------------------------------

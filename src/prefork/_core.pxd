@@ -341,6 +341,7 @@ cdef class Loop:
     cdef pf_loop *handle
     cdef pf_event events[BATCH]
     cdef int count     # of events in the batch at hand
+    cdef bint asleep   # its thread is at work without the GIL
     cdef object calls  # what other threads ask this loop's thread to do
     cdef Scoreboard board  # kept open while the loop counts there
     cdef object desk   # who knows more about requests than they do themselves
@@ -366,6 +367,7 @@ cdef class Request:
     cdef void lend(self, Loop loop, pf_request *loan) noexcept
     cdef bint is_whole(self)
     cdef const char *bytes(self)
+    cdef pf_request *known(self) except NULL
     cdef pf_request *lent(self) except NULL
     cdef int detach(self) except -1
     cdef int hold(self) except -1

@@ -571,8 +571,10 @@ cdef class Loop:
         """One turn: fills self.events, returns how many; drops released bodies."""
         cdef pf_loop *handle = self.handle
         cdef int count
+        self.asleep = True
         with nogil:
             count = pf_loop_wait(handle, self.events, BATCH, timeout_ms)
+        self.asleep = False
         self.count = max(count, 0)
         return check(count)
 
@@ -761,10 +763,17 @@ cdef class Request:
         """Whether nothing more of it will arrive; only while it is on loan."""
         return pf_request_body_done(self.loan)
 
-    cdef pf_request *lent(self) except NULL:
+    cdef pf_request *known(self) except NULL:
+        """The loan, to be looked at."""
         if self.loan is NULL:
             raise ProtocolError("the request was answered already")
         return self.loan
+
+    cdef pf_request *lent(self) except NULL:
+        """The loan, to be changed: the loop must not be at work without the GIL."""
+        if self.loan is not NULL and self.loop.asleep:
+            raise RuntimeError("a request is answered in its loop's thread only")
+        return self.known()
 
     cdef const pf_head *heading(self) except NULL:
         if self.head is NULL:
@@ -826,6 +835,7 @@ cdef class Request:
     cdef int drop(self) except -1:
         """End the loan without an answer, if it is not over."""
         if self.loan is not NULL:
+            self.lent()
             self.detach()
             pf_request_abort(self.loan)
             self.ended()
@@ -836,8 +846,7 @@ cdef class Request:
         cdef int rc
         cdef const char *type = NULL
         cdef Py_ssize_t type_len = 0
-        if self.loan is NULL:
-            self.lent()
+        self.lent()
         if Py_REFCNT(self) > 1:
             self.detach()
         if content_type is not None:
@@ -945,7 +954,7 @@ cdef class Request:
             if self.copy is not NULL:
                 peer = (<pf_peer *>self.copy)[0]
             else:
-                pf_request_get_peer(self.lent(), &peer)
+                pf_request_get_peer(self.known(), &peer)
             self.peer = peer_name(&peer)
             if self.is_forwarded() and self.loop.trust is not None:
                 self.peer = self.loop.trust.origin(self, self.peer)
@@ -991,14 +1000,14 @@ cdef class Request:
             if self.copy is not NULL:
                 peer = (<pf_peer *>self.copy)[1]
             else:
-                check(pf_request_get_local(self.lent(), &peer))
+                check(pf_request_get_local(self.known(), &peer))
             self.local = peer_name(&peer)
         return self.local
 
     @property
     def connection(self):
         """The number of its connection, unique in its loop."""
-        return pf_request_connection(self.lent())
+        return pf_request_connection(self.known())
 
     @property
     def closed(self):
