@@ -1229,6 +1229,21 @@ def test_an_answer_from_another_thread_is_refused_while_the_loop_works(serve):
     assert client.answer().body[16 << 20 :] == b"end"
 
 
+def test_a_field_iterator_that_ends_the_request_is_an_error_and_no_crash(serve):
+    def handler(request: Request) -> Response:
+        def fields() -> Iterator[tuple[str, str]]:
+            request.abort()
+            yield "X", "y"
+
+        request.begin(200, fields())
+        return Response()
+
+    live = serve(handler)
+    client = live.client()
+    client.send(GET)
+    assert client.rest() == b""
+    live.log.until("the request was answered already")
+
 
 # ---- Pipelining and HTTP/1.0 ---------------------------------------------------------
 

@@ -1069,7 +1069,8 @@ cdef class Request:
             for name, value in headers:
                 self.field(name, value)
         except BaseException:
-            pf_request_reset(self.loan)
+            if self.loan is not NULL:
+                pf_request_reset(self.loan)
             raise
 
     cdef int field(self, object name, object value) except -1:
@@ -1087,7 +1088,7 @@ cdef class Request:
             value_bytes = latin(value)
             v = PyBytes_AS_STRING(value_bytes)
             value_len = PyBytes_GET_SIZE(value_bytes)
-        cdef int rc = pf_request_field(self.loan, n, name_len, v, value_len)
+        cdef int rc = pf_request_field(self.lent(), n, name_len, v, value_len)
         if rc < 0:
             if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
                 text = pf_error_text(rc).decode("ascii")
