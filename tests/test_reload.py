@@ -499,6 +499,58 @@ def test_reload_and_scaling_at_once_end_as_asked(start, mode):
     stop(program)
 
 
+def test_scaling_ends_where_the_system_has_no_place_for_a_worker(start, mode):
+    program = start(f"""
+        import resource
+        def on_master_ready(pids):
+            used = max(map(int, os.listdir("/proc/self/fd")))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, used + 1))
+            say("ready", text(master.address), *pids)
+            master.scale(9)
+        run(workers=2, on_master_ready=on_master_ready, {mode})
+    """)
+    address, pids = ready(program)
+    program.until_logged("cannot start a worker: too many open files; staying with 2")
+    assert who(address) in pids
+    stop(program)
+
+
+def test_a_crashed_worker_that_cannot_be_replaced_is_tried_again(start):
+    program = start("""
+        def fork(fork=os.fork, failed=[]):
+            if failed:
+                return fork()
+            failed.append(True)
+            raise BlockingIOError(11, "")
+        def on_master_ready(pids):
+            os.fork = fork
+            say("ready", text(master.address), *pids)
+        run(workers=2, on_master_ready=on_master_ready)
+    """)
+    address, pids = ready(program)
+    kill(pids[0])
+    program.until_logged("cannot start a worker: resource temporarily unavailable; try")
+    old, new = map(int, program.until("recover"))
+    assert old == pids[0] and who(address) in (pids[1], new)
+    stop(program)
+
+
+def test_a_reload_fails_where_the_system_has_no_place_for_a_worker(start):
+    program = start("""
+        def on_master_ready(pids):
+            def run_again(*_):
+                raise BlockingIOError(11, "")
+            sys.modules["prefork.spawn"].run_again = run_again
+            say("ready", text(master.address), *pids)
+            master.reload()
+        run(workers=2, on_master_ready=on_master_ready, spawn="exec")
+    """)
+    address, pids = ready(program)
+    program.until_logged("reload failed, the workers stay as they are: cannot start a")
+    assert who(address) in pids
+    stop(program)
+
+
 @pytest.mark.parametrize("count", [0, -1, "x"])
 def test_a_wrong_number_of_workers_is_told(start, count):
     program = start(f"""

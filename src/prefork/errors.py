@@ -106,6 +106,10 @@ class ReloadError(PreforkError):
     """A reload did not come about; it is logged, and the old workers go on."""
 
 
+class SpawnError(PreforkError):
+    """The system has no place for a worker now; it is logged, the others go on."""
+
+
 class CommandProducerNoneError(PreforkError):
     """command_producer returned None instead of a started process."""
 

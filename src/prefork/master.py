@@ -38,6 +38,7 @@ from prefork.errors import (
     OnlyReuseportOnWindowsError,
     OverRecoveryError,
     ReloadError,
+    SpawnError,
     WorkerBootError,
     describe_status,
 )
@@ -57,7 +58,8 @@ class State(enum.Enum):
 
 
 RUNNING = (State.STARTING, State.SERVING)
-ROWS = 256  # of the scoreboard, at least: workers that can be alive at one time
+ROWS = 4 * 4096  # of the scoreboard: sparse, those never claimed take no memory
+RETRY = 1.0  # seconds after which a worker that could not be started is tried again
 WAKE = b"\0"  # written to the wake pipe by other threads; signals write their number
 STRANGERS_WAIT = 1.0  # seconds in which whoever started a child may reap it
 
@@ -302,6 +304,11 @@ def _unavailable(what: str) -> ConfigError:
     return ConfigError(f"{what} is not available in this version")
 
 
+def _spawn_error(error: OSError) -> SpawnError:
+    reason = os.strerror(error.errno or 0)
+    return SpawnError(f"cannot start a worker: {reason[:1].lower()}{reason[1:]}")
+
+
 _made = itertools.count(1)  # the Preforks of this program
 
 
@@ -374,7 +381,7 @@ class Master:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Pipes, then signals; given back in reverse order."""
-        self.board = _core.Scoreboard(max(ROWS, 4 * len(self.slots)))
+        self.board = _core.Scoreboard(ROWS)
         stack.callback(self.board.close)
         self.lifeline, self.lifeline_end = self._pipe(stack, os.O_CLOEXEC)
         self.wake, self.wake_end = self._pipe(stack, os.O_CLOEXEC | os.O_NONBLOCK)
@@ -576,13 +583,26 @@ class Master:
 
     def _start_life(self, slot: Slot, source: Source) -> Life:
         life = Life(slot, source, self.generation)
-        with self._reporting(life) as end, self._counting(life):
+        with self._shortage(source), self._reporting(life) as end, self._counting(life):
             row, board = life.row, self.board
             seat = Seat(slot.index, slot.sockets, end, self.lifeline, row, board)
             self._adopt(life, source.start(seat))
         if not source.reports:
             life.ready_at = time.monotonic()
         return life
+
+    @contextlib.contextmanager
+    def _shortage(self, source: Source) -> Any:
+        """No descriptor or process left is no reason to end those that serve.
+
+        At the start it is, and what a command_producer raises is its own.
+        """
+        try:
+            yield
+        except OSError as error:
+            if self.state is State.STARTING or isinstance(source, Producer):
+                raise
+            raise _spawn_error(error) from error
 
     @contextlib.contextmanager
     def _counting(self, life: Life) -> Any:
@@ -808,13 +828,22 @@ class Master:
     def _recover(self, slot: Slot) -> None:
         """Spawn, on_child_spawn, on_child_recover."""
         try:
-            life = self._spawn(slot)
+            life = self._spawn_anyway(slot)
+        except SpawnError as error:
+            self.logger.error("%s; trying again in %g s", error, RETRY)
+            slot.due = time.monotonic() + RETRY
+            return
+        self._notice(slot, life)
+
+    def _spawn_anyway(self, slot: Slot) -> Life:
+        """Of the program as it was started, if its template has failed."""
+        try:
+            return self._spawn(slot)
         except ReloadError as error:
             self.logger.error("%s; going on with the program as it was started", error)
             slot.source = self.source = self.first_source
             self.reload_asked = True
-            life = self._spawn(slot)
-        self._notice(slot, life)
+            return self._spawn(slot)
 
     def _notice(self, slot: Slot, life: Life) -> None:
         old, notice = slot.previous, self.config.on_child_recover
@@ -884,19 +913,40 @@ class Master:
         if count != len(self.slots):
             self.logger.info("scaling from %d to %d workers", len(self.slots), count)
         while len(self.slots) < count and self.state in RUNNING:
-            self._add_slot()
+            try:
+                self._add_slot()
+            except SpawnError as error:
+                there = len(self.slots)
+                self.logger.error("%s; staying with %d workers", error, there)
+                return
         while len(self.slots) > count:
             self._give_up(self.slots.pop())
 
     def _add_slot(self) -> None:
         producing = not self.slots[0].sockets if self.slots else False
-        sockets = [] if producing else [each.open_slot() for each in self.listeners]
+        sockets = [] if producing else self._more_sockets()
         slot = self._open_slot(len(self.slots), sockets)
         slot.source = self.source
         self.slots.append(slot)
         if self.reload is not None:
             self.reload.on_slot_opened(slot)
-        self._recover(slot)
+        try:
+            self._spawn_anyway(slot)
+        except SpawnError:
+            self._give_up(self.slots.pop())
+            raise
+
+    def _more_sockets(self) -> list[Any]:
+        """What the worker of one more slot accepts from."""
+        made: list[Any] = []
+        try:
+            for each in self.listeners:
+                made.append(each.open_slot())
+        except OSError as error:
+            for listener, sock in zip(self.listeners, made, strict=False):
+                listener.close_slot(sock)
+            raise _spawn_error(error) from error
+        return made
 
     def _give_up(self, slot: Slot) -> None:
         """Its worker drains; with a socket of its own, others get what would come."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from prefork.errors import PreforkError, ReloadError
+from prefork.errors import PreforkError, ReloadError, SpawnError
 from prefork.slots import Life, Slot
 from prefork.spawn import Source, Template
 
@@ -68,7 +68,7 @@ class Reload:
             self.slot = slot
             try:
                 self.master.spawn_successor(slot, self.source)
-            except ReloadError as error:
+            except (ReloadError, SpawnError) as error:
                 self.fail(str(error))
             return
         self._finish()
