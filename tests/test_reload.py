@@ -273,6 +273,26 @@ def test_a_template_that_dies_is_followed_by_another(loaded, tmp_path):
     stop(program)
 
 
+def test_a_template_that_hangs_is_killed_and_followed_by_another(start):
+    program = start("""
+        sys.modules["prefork.spawn"].ANSWER_TIME = 0.1
+        run(workers=1, recover_threshold=9)
+    """)
+    _, (old,) = ready(program)
+    program.signal(signal.SIGHUP)
+    program.until("spawn"), program.until("spawn")
+    program.until_logged("reloaded")
+    children = {child.pid for child in psutil.Process(program.pid).children()} - {old}
+    new = int(program.events("spawn")[1][1])
+    (template,) = children - {new}
+    with ending(template):
+        os.kill(template, signal.SIGSTOP)
+        kill(new)
+    program.until_logged("template, which forks workers, has failed; going on")
+    program.until_logged("reloaded")
+    stop(program)
+
+
 def test_the_old_template_ends_when_a_new_one_has_taken_over(start):
     program = start("run(workers=2)")
     ready(program)

@@ -166,6 +166,9 @@ class Programs:
         pass
 
 
+ANSWER_TIME = 10.0  # seconds in which a template has forked: the master waits for it
+
+
 class Template:
     """The program once more, stopped where it would serve; it forks on demand.
 
@@ -207,11 +210,15 @@ class Template:
         return self.pid
 
     def start(self, seat: Seat) -> int:
-        assert self.control is not None
+        assert self.control is not None and self.pid is not None
+        self.control.settimeout(ANSWER_TIME)
         try:
             order = json.dumps({"slot": seat.slot, "row": seat.row}).encode()
             socket.send_fds(self.control, [order], seat.fds())
             pid = int(self.control.recv(64) or b"-1")
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)  # ours, and not reaped while we are here
+            pid = -1
         except OSError:
             pid = -1
         if pid <= 0:
