@@ -451,6 +451,7 @@ pf__conn_kill(pf_conn *conn)
     loop->row->stats.closed++;
     if (conn->counted)
         pf__peers_remove(&loop->peers, &conn->peer);
+    loop->turned_away -= conn->turned_away;
     pf__conn_notice(loop, conn, PF_NOTICE_CLOSED, 0);
     if (conn->lent) {
         conn->request->dead = true;
@@ -1460,6 +1461,8 @@ pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
     pf__conn_notice(loop, conn, PF_NOTICE_NEW, 0);
     pf__conn_mark_dirty(conn);
     if (refusal != 0) {
+        conn->turned_away = true;
+        loop->turned_away++;
         pf__conn_refuse(conn, refusal);
         return 0;
     }

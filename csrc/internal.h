@@ -388,11 +388,12 @@ struct pf_conn {
     bool eof : 1;      /* and we have read up to there */
     bool linger : 1;   /* close it only when the peer has read the answer */
     bool in_dirty : 1, in_ready : 1;
-    bool lent : 1;       /* REQUEST was handed out, end or abort did not come yet */
-    bool counted : 1;    /* in the per-address census */
-    bool hung_up : 1;    /* a loan's holder is to be told CLOSED */
-    bool introduced : 1; /* its PROXY header was read */
-    uint32_t pending;    /* PF_EVENT_* not handed out yet */
+    bool lent : 1;        /* REQUEST was handed out, end or abort did not come yet */
+    bool counted : 1;     /* in the per-address census */
+    bool turned_away : 1; /* refused at accept */
+    bool hung_up : 1;     /* a loan's holder is to be told CLOSED */
+    bool introduced : 1;  /* its PROXY header was read */
+    uint32_t pending;     /* PF_EVENT_* not handed out yet */
     pf__timer timer;
     int64_t read_deadline, write_deadline;
     pf_loop *loop;
@@ -496,8 +497,8 @@ struct pf_loop {
     pf_request *free_requests;
     void **released;                            /* refs to hand out as RELEASED */
     uint32_t nreleased, released_cap, borrowed; /* cap >= nreleased + borrowed */
-    uint32_t turns;     /* waits answered from the ready queue in a row */
-    uint32_t lingering; /* refused at accept and still open */
+    uint32_t turns;       /* waits answered from the ready queue in a row */
+    uint32_t turned_away; /* refused at accept and still open */
     pf__listener *listeners;
     pf__source **watches;
     uint32_t nwatches;

@@ -22,7 +22,7 @@ enum {
     READY_TURNS_MAX = 16, /* batches of pipelined requests before the poller is asked */
     SWEEP_MAX = 1 << 16,  /* in a drain: more than any queue holds */
     PAUSE_MS = 100,       /* without accepting when descriptors have run out */
-    REFUSED_MAX = 128,    /* connections over the limit that may wait for their 503 */
+    REFUSED_MAX = 128,    /* connections over a limit that may wait for their answer */
     CROWDED = 6,          /* connections more than another, to pass one on */
     MANY = 128,           /* connections, of which a smaller part is too many */
     BALANCE_MS = 100,     /* between two looks at the others' loads */
@@ -308,13 +308,15 @@ is_shortage(int error)
     return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
 
-/* 0, or PF_ERR_* that a new connection gets instead of service. */
+/* 0, or PF_ERR_* that a new connection gets instead of service. Those that were turned
+ * away take nobody's place: else an address over its own limit could fill the other. */
 static int
 admission(pf_loop *loop, const pf__origin *origin)
 {
     const pf_peer *peer = &origin->peer;
     const pf_options *o = &loop->options;
-    if (o->max_connections > 0 && loop->row->stats.connections >= o->max_connections)
+    uint32_t served = loop->row->stats.connections - loop->turned_away;
+    if (o->max_connections > 0 && served >= o->max_connections)
         return PF_ERR_CONNECTIONS;
     if (o->max_connections_per_ip == 0 || peer->family == AF_UNIX
         || pf__conn_introduces(loop, origin))
@@ -327,10 +329,7 @@ static void
 take_in(pf_loop *loop, int fd, const pf__origin *origin)
 {
     int refusal = admission(loop, origin);
-    const pf_options *o = &loop->options;
-    bool crowded = o->max_connections > 0
-                   && loop->row->stats.connections >= o->max_connections + REFUSED_MAX;
-    if (refusal != 0 && crowded) {
+    if (refusal != 0 && loop->turned_away >= REFUSED_MAX) {
         loop->row->stats.refused++;
         close(fd);
         return;

@@ -169,6 +169,16 @@ def test_max_conns_per_ip_counts_each_address_by_itself(serve):
         assert other.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+def test_an_address_over_its_limit_takes_no_place_of_others(serve):
+    live = serve(hello, concurrency=3, max_conns_per_ip=1, defer_accept=False)
+    live.client().ask()
+    assert [live.client().answer().status for _ in range(5)] == [429] * 5
+    other = socket.create_connection(live.address, SOON, ("127.0.0.2", 0))
+    with other:
+        other.sendall(GET)
+        assert other.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
 def test_max_conns_per_ip_counts_who_is_there_and_not_who_was(serve):
     live = serve(hello, max_conns_per_ip=1)
     for _ in range(5):
