@@ -203,7 +203,7 @@ int pf__response_whole(pf__pool *pool, pf__buffer *out, pf__answer *a, int statu
                        const char *body, size_t len, bool copy);
 int pf__response_refusal(pf__pool *pool, pf__buffer *out, int code, bool head,
                          const pf__stamp *stamp);
-bool pf__response_fields_valid(const char *fields, size_t len);
+int pf__response_check_fields(const char *fields, size_t len);
 
 /* ---- timer.c: a hashed wheel of deadlines -------------------------------------------
  * A deadline that moves later costs nothing: its owner stays where it is in the wheel

@@ -474,12 +474,13 @@ pf_request_inform(pf_request *r, int status, const char *fields, size_t len)
         return PF_ERR_CLOSED;
     if (status < 102 || status > 199 || r->answer.flags & PF__ANSWER_BEGUN)
         return PF_ERR_STATE;
-    if (len > 0 && !pf__response_fields_valid(fields, len))
-        return PF_ERR_APP_FIELD_VALUE;
+    int rc = pf__response_check_fields(fields, len);
+    if (rc < 0)
+        return rc;
     if (r->head.minor == 0)
         return 0; /* 1.0 knows no interim answers */
     pf__buffer *out = &r->conn->out;
-    int rc = pf__buffer_reserve(pool(r), out, len + 64);
+    rc = pf__buffer_reserve(pool(r), out, len + 64);
     if (rc < 0)
         return rc;
     out->len += (size_t)snprintf(out->data + out->len, 60, "HTTP/1.1 %d %s\r\n", status,

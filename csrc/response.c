@@ -445,19 +445,41 @@ pf__response_refusal(pf__pool *pool, pf__buffer *out, int code, bool head,
 }
 
 /* ---- interim answers ----------------------------------------------------------------*/
-bool
-pf__response_fields_valid(const char *fields, size_t len)
+/* What frames a message, or is about the connection: an interim answer has no body, and
+ * who believes that it has one takes the answer for it (RFC 9110 8.6, RFC 9112 6.1). */
+static bool
+frames(const char *name, size_t len)
+{
+    switch (pf__http_field_id(name, len)) {
+    case PF_FIELD_CONTENT_LENGTH:
+    case PF_FIELD_TRANSFER_ENCODING:
+    case PF_FIELD_CONNECTION:
+    case PF_FIELD_KEEP_ALIVE:
+    case PF_FIELD_PROXY_CONNECTION:
+    case PF_FIELD_UPGRADE:
+    case PF_FIELD_TE:
+    case PF_FIELD_TRAILER:
+        return true;
+    default:
+        return false;
+    }
+}
+
+int
+pf__response_check_fields(const char *fields, size_t len)
 {
     const char *p = fields, *end = fields + len;
     while (p < end) {
         size_t name = pf__scan_token(p, (size_t)(end - p));
         if (name == 0 || p + name == end || p[name] != ':')
-            return false;
+            return PF_ERR_APP_FIELD_NAME;
+        if (frames(p, name))
+            return PF_ERR_APP_HOP_BY_HOP;
         p += name + 1;
         p += pf__scan_value(p, (size_t)(end - p));
         if (end - p < 2 || p[0] != '\r' || p[1] != '\n')
-            return false;
+            return PF_ERR_APP_FIELD_VALUE;
         p += 2;
     }
-    return true;
+    return 0;
 }

@@ -622,6 +622,18 @@ def test_forged_hints_are_a_500(serve, value):
     assert live.log.until("ProtocolError")
 
 
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "Connection"])
+def test_hints_that_would_frame_a_body_are_a_500(serve, name):
+    def handler(request: Request) -> bytes:
+        request.inform(103, [HINT, (name, "5")])
+        return b"hi"
+
+    live = serve(handler)
+    answer = live.ask()
+    assert (answer.status, answer.interim) == (500, [])
+    assert live.log.until("the server sets it")
+
+
 @pytest.mark.parametrize("status", [99, 100, 101, 200])
 def test_only_interim_answers_can_be_given_as_such(serve, status):
     def handler(request: Request) -> bytes:

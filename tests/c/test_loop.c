@@ -214,7 +214,7 @@ an_interim_answer_comes_before_the_answer(void)
     assert(pf_request_inform(r, 103, link, sizeof link - 1) == 0);
     assert(pf_request_inform(r, 102, NULL, 0) == 0);
     assert(pf_request_inform(r, 101, link, sizeof link - 1) == PF_ERR_STATE);
-    assert(pf_request_inform(r, 103, "x", 1) == PF_ERR_APP_FIELD_VALUE);
+    assert(pf_request_inform(r, 103, "x", 1) == PF_ERR_APP_FIELD_NAME);
     answer(r, "x");
     assert(strcmp(hear_head(peer), "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
            == 0);

@@ -489,7 +489,7 @@ every_refusal_has_a_named_status(void)
 static bool
 valid(const char *fields)
 {
-    return pf__response_fields_valid(fields, strlen(fields));
+    return pf__response_check_fields(fields, strlen(fields)) == 0;
 }
 
 static void
@@ -504,7 +504,16 @@ interim_fields_are_whole_lines_without_controls(void)
         "A: \x01\r\n", "\r\n",      "A: b\r\n c: d\r\n"};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         assert(!valid(wrong[i]));
-    assert(!pf__response_fields_valid("A: \0\r\n", 6));
+    assert(pf__response_check_fields("A: \0\r\n", 6) == PF_ERR_APP_FIELD_VALUE);
+}
+
+static void
+interim_fields_frame_no_body(void)
+{
+    assert(pf__response_check_fields("content-length: 5\r\n", 19)
+           == PF_ERR_APP_HOP_BY_HOP);
+    assert(!valid("A: b\r\nTransfer-Encoding: chunked\r\n"));
+    assert(!valid("Connection: close\r\n") && valid("Content-Lengthy: 5\r\n"));
 }
 
 int
@@ -537,6 +546,7 @@ main(void)
     every_refusal_is_a_whole_answer_that_says_close();
     every_refusal_has_a_named_status();
     interim_fields_are_whole_lines_without_controls();
+    interim_fields_frame_no_body();
     pf__buffer_empty_pool(&pool);
     return 0;
 }
