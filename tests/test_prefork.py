@@ -1022,6 +1022,24 @@ def test_what_a_worker_printed_is_not_lost(start):
     assert " ".join(program.told).count("buffered") == 1
 
 
+@pytest.mark.parametrize("child", ["raise SystemExit", "1 / 0", "return b'child'"])
+def test_a_child_that_comes_back_from_a_handler_ends_there(start, child):
+    program = start(f"""
+        from prefork import Server
+        def app(request):
+            forked = os.fork()
+            if forked == 0:
+                {child}
+            return str(os.waitpid(forked, 0)[0] == forked)
+        run(server=Server(app), workers=1)
+    """)
+    address, _ = ready(program)
+    asked = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    for _ in range(3):
+        assert ask(address, asked).endswith(b"\r\n\r\nTrue")
+    stop(program)
+
+
 # ---- The master's death --------------------------------------------------------------
 
 

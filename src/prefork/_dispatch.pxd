@@ -18,6 +18,7 @@ cdef class Dispatcher:
     cdef int at         # the next event of the batch at hand
     cdef int count      # of its events
     cdef list held      # events put aside while a handler waited
+    cdef int pid        # whose loop this is
     # Of a crew; all of it is read and written under the GIL.
     cdef readonly Crew crew     # None: one thread
     cdef unsigned long leader   # the thread that may touch the loop; 0: nobody yet
@@ -32,6 +33,7 @@ cdef class Dispatcher:
 
     cdef Request make(self)
     cdef int perform(self, Request request) except -1
+    cdef int check_fork(self, error) except -1
     cdef int next_event(self, int timeout_ms) except -1
     cdef int handle(self, pf_event *event) except -1
     cdef int dispatch(self, pf_event *event) except -1

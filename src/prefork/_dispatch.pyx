@@ -19,6 +19,8 @@ the loop and runs none, so accepting, timing out and writing go on whatever hand
 All of this state is guarded by the GIL alone, and handlers are the only places where
 the leader lets go of it with `inside` set.
 """
+import os
+import sys
 import threading
 from collections import deque
 
@@ -51,6 +53,36 @@ cdef enum:
     EAGER_MOST = 64
 
 
+cdef int pid = os.getpid()
+
+
+def note_fork():
+    """In a forked child: who we are now."""
+    global pid
+    pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=note_fork)
+
+
+cdef object end_fork(object error):
+    """A handler has forked, and the child came back from it: here it ends.
+
+    It shares our poller, connections and counters, and would take them from us.
+    """
+    code = 1
+    if error is None:
+        code = 0
+    elif isinstance(error, SystemExit) and not isinstance(error.code, str):
+        code = error.code or 0
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code & 0xFF)
+
+
 cdef class Held:
     """An event that waits for its turn."""
 
@@ -69,6 +101,7 @@ cdef class Dispatcher:
         self.simple = simple
         self.held = []
         self.waiting = deque()
+        self.pid = pid
 
     # ---- One thread ----
 
@@ -238,6 +271,12 @@ cdef class Dispatcher:
         """Call the handler, between enter() and leave(), and answer."""
         raise NotImplementedError
 
+    cdef int check_fork(self, error) except -1:
+        """Behind a handler: a child that it forked does not come back."""
+        if pid != self.pid:
+            end_fork(error)
+        return 0
+
     def apart(self, request, function, then):
         """Call function() as handlers are called, then(result, error) where that leads.
 
@@ -255,6 +294,7 @@ cdef class Dispatcher:
             result = function()
         except BaseException as raised:
             error = raised
+        self.check_fork(error)
         if self.leave():
             return True, result, error
         self.post(then, result, error)

@@ -150,16 +150,17 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             return self.perform_in_crew(request)
         try:
             result = self.handler(request)
+            self.check_fork(None)
             self.loop.touch()
             if type(result) is bytes:
                 request.answer(200, None, <bytes>result)
             else:
                 self.finish(request, result)
-        except Exception as error:
-            self.desk.failed(request, error)
-        except BaseException:
-            self.desk.failed(request, None)
-            raise
+        except BaseException as error:
+            self.check_fork(error)
+            self.desk.failed(request, error if isinstance(error, Exception) else None)
+            if not isinstance(error, Exception):
+                raise
         return 0
 
     cdef int perform_in_crew(self, _core.Request request) except -1:
@@ -171,6 +172,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             result = self.handler(request)
         except BaseException as raised:
             error = raised
+        self.check_fork(error)
         if self.leave():
             self.settle(request, result, error)
         else:

@@ -400,6 +400,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
                 request.exchange = answer
                 self.enter(request)
             result = self.handler(environ, answer)
+            self.check_fork(None)
             body = answer.only_part(result)
             if body is None:
                 answer.deliver(result)
@@ -409,6 +410,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             else:
                 answer.conclude(body, None)
         except BaseException as error:
+            self.check_fork(error)
             answer.fail(error)
         return 0
 
