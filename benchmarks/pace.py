@@ -1,6 +1,6 @@
 """An open loop of GETs at a steady rate, and their latencies, from when each was due.
 
-    python benchmarks/pace.py PORT RATE SECONDS
+python benchmarks/pace.py PORT RATE SECONDS
 """
 
 from __future__ import annotations
