@@ -33,6 +33,7 @@ cdef class Dispatcher:
 
     cdef Request make(self)
     cdef int perform(self, Request request) except -1
+    cdef tuple job(self, Request request)
     cdef int check_fork(self, error) except -1
     cdef int next_event(self, int timeout_ms) except -1
     cdef int handle(self, pf_event *event) except -1

@@ -259,16 +259,15 @@ cdef class Dispatcher:
             return self.perform(request)
         request.hold()
         request.detach()
-        self.waiting.append((self.perform_later, request))
+        self.waiting.append(self.job(request))
         return 0
-
-    def perform_later(self, Request request not None):
-        """The handler of a request that found every thread at work."""
-        if request.loan is not NULL:
-            self.perform(request)
 
     cdef int perform(self, Request request) except -1:
         """Call the handler, between enter() and leave(), and answer."""
+        raise NotImplementedError
+
+    cdef tuple job(self, Request request):
+        """The same for the thread that is free next: a function, and its arguments."""
         raise NotImplementedError
 
     cdef int check_fork(self, error) except -1:

@@ -179,6 +179,14 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             self.post(self.settle, request, result, error)
         return 0
 
+    cdef tuple job(self, _core.Request request):
+        return self.perform_later, request
+
+    def perform_later(self, _core.Request request not None):
+        """The handler of a request that found every thread at work."""
+        if not request.answered:
+            self.perform_in_crew(request)
+
     def settle(self, _core.Request request, result, error):
         """A handler has returned or raised."""
         if request.loan is NULL:

@@ -389,16 +389,35 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
     # ---- The call ----
 
-    cdef int perform(self, Request request) except -1:
+    cdef Answer answer_to(self, Request request):
         cdef Answer answer = Answer.__new__(Answer)
-        cdef bytes body
         answer.request = request
         answer.dispatcher = self
+        if self.crew is not None:
+            request.exchange = answer
+        return answer
+
+    cdef int perform(self, Request request) except -1:
+        cdef Answer answer = self.answer_to(request)
         try:
             environ = self.environ(request, answer)
-            if self.crew is not None:
-                request.exchange = answer
-                self.enter(request)
+        except BaseException as error:
+            answer.end_now(None, error)
+            return 0
+        return self.call(answer, environ)
+
+    cdef tuple job(self, Request request):
+        cdef Answer answer = self.answer_to(request)
+        try:
+            return self.call, answer, self.environ(request, answer)
+        except BaseException as error:
+            return self.post, answer.end_now, None, error
+
+    cpdef int call(self, Answer answer, dict environ) except -1:
+        """Call the app, and send what it returns; in its thread."""
+        cdef bytes body
+        try:
+            self.enter(answer.request)
             result = self.handler(environ, answer)
             self.check_fork(None)
             body = answer.only_part(result)

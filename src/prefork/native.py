@@ -835,7 +835,8 @@ class Awaited(Exchange):
             elif done:
                 return
             else:
-                self.body = self.desk.loop.create_future()
+                if self.body is None or self.body.done():  # else another reader waits
+                    self.body = self.desk.loop.create_future()
                 request.want_body(False)
                 self.desk.schedule()
                 await self.body

@@ -137,12 +137,19 @@ class Leave(SystemExit):
 
 
 def run(task: Task) -> NoReturn:
-    """Live the worker's whole life; in its only thread, right after the fork."""
+    """Live the worker's whole life; in its only thread, right after the fork.
+
+    SIGTERM may still raise Leave behind it: it must not leave through the master's
+    stack, hence the second finally.
+    """
     status = 1
     try:
-        status = _live(task)
+        try:
+            status = _live(task)
+        finally:
+            signal.signal(signal.SIGTERM, ignore)
+            log.flush()
     finally:
-        log.flush()
         os._exit(status)
 
 
@@ -233,6 +240,8 @@ def _await_death(lifeline: int, on_master_death: Callable[[], None]) -> None:
 def _fail(task: Task, error: BaseException) -> int:
     """Tell the master, or after the start the log; the exit status."""
     if task.accepting and isinstance(error, SystemExit):
+        if task.work.serve_func is None:
+            task.tell_leaving()  # a handler wanted it: no crash, whoever asked for that
         return _status_of(error)
     if task.accepting:
         task.work.logger.critical("worker %d ends", os.getpid(), exc_info=error)
