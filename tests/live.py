@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ from prefork import Server
 
 SOON = 10.0  # seconds until we give up waiting for what must happen
 QUIET = 0.3  # seconds in which nothing happened: then it will not
+
+HIGH_WATER = 65536  # bytes pending in an answer above which nothing more is pulled
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -267,7 +269,14 @@ class Live:
     def run(self, function: Callable[[], Any]) -> Any:
         """Call a function in the loop's thread."""
         result: Future[Any] = Future()
-        self.core.call(lambda: result.set_result(function()))
+
+        def call() -> None:
+            try:
+                result.set_result(function())
+            except Exception as error:
+                result.set_exception(error)
+
+        self.core.call(call)
         return result.result(SOON)
 
     def stats(self) -> dict[str, Any]:
@@ -306,6 +315,42 @@ class Live:
         assert self.log.asked or self.log.text == ""
         left = {n: stats[n] for n in ("connections", "lent", "buffers_in_use")}
         assert left == {"connections": 0, "lent": 0, "buffers_in_use": 0}
+
+
+# ---- Apps that wait, and that never end ----------------------------------------------
+
+
+class Held:
+    """A handler, or a part of one, that waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self._go = threading.Event()
+
+    def wait(self) -> None:
+        self.begun.set()
+        assert self._go.wait(SOON)
+
+    def let_go(self) -> None:
+        assert self.begun.wait(SOON)
+        self._go.set()
+
+
+class Endless:
+    """Parts without end; counts what was pulled and tells when it is closed."""
+
+    def __init__(self, size: int = 16384) -> None:
+        self.part = b"x" * size
+        self.pulled = 0
+        self.closed = threading.Event()
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            while True:
+                self.pulled += len(self.part)
+                yield self.part
+        finally:
+            self.closed.set()
 
 
 # ---- What must not grow --------------------------------------------------------------

@@ -13,11 +13,10 @@ from typing import Any
 
 import h11
 import pytest
-from live import GET, SOON, Answer, Live, chunk, get, post
+from live import GET, HIGH_WATER, SOON, Answer, Endless, Held, Live, chunk, get, post
 
 from prefork import ClientDisconnected, Request, RequestError, Response
 
-HIGH_WATER = 65536  # bytes pending in an answer above which nothing more is pulled
 PLAIN = "text/plain; charset=utf-8"
 EXPECT = "Expect: 100-continue"
 
@@ -31,22 +30,6 @@ def logged(live: Live) -> str:
     """What was logged at the end: every line that comes has come."""
     live.stop()
     return live.log.text
-
-
-class Held:
-    """A handler, or a part of one, that waits until it is let go."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Event()
-        self._go = threading.Event()
-
-    def wait(self) -> None:
-        self.begun.set()
-        assert self._go.wait(SOON)
-
-    def let_go(self) -> None:
-        assert self.begun.wait(SOON)
-        self._go.set()
 
 
 # ---- What a handler may return -------------------------------------------------------
@@ -840,23 +823,6 @@ def test_a_large_body_is_given_back_when_the_server_ends(serve):
 
 
 # ---- Streamed answers ----------------------------------------------------------------
-
-
-class Endless:
-    """Parts without end; counts what was pulled and tells when it is closed."""
-
-    def __init__(self, size: int = 16384) -> None:
-        self.part = b"x" * size
-        self.pulled = 0
-        self.closed = threading.Event()
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            while True:
-                self.pulled += len(self.part)
-                yield self.part
-        finally:
-            self.closed.set()
 
 
 @pytest.mark.parametrize("size", [100, 16384, 65536])
