@@ -161,7 +161,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     """Calls WSGI apps.
 
     Clients repeat their header fields, whatever they ask for: environs begin as a copy
-    of one that was made for the same bytes.
+    of one that was made for the same bytes. Not those of an absolute-form target, whose
+    authority stands for the Host that was sent (RFC 9112 3.2.2).
     """
 
     cdef dict template
@@ -321,7 +322,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef uint64_t hash
         cdef Block *block
         cdef bint again
-        if head.nfields == 0 or size > BLOCK_MAX:
+        if head.nfields == 0 or size > BLOCK_MAX or head.authority.len > 0:
             environ = PyDict_Copy(self.template)
             self.set_fields(environ, head, data)
             return environ
