@@ -242,7 +242,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef int set_path(self, dict environ, const pf_head *head,
                       const char *data) except -1:
         cdef str path, target
-        if head.target.len != 1:
+        if head.target.len != 1 or data[head.target.at] != c"/":
             target = latin_text(data + head.target.at, head.target.len)
             PyDict_SetItem(environ, RAW_URI, target)
             PyDict_SetItem(environ, REQUEST_URI, target)
