@@ -438,12 +438,12 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         """The code and the reason phrase of "200 OK", kept for the next time."""
         if status is self.last_status:
             return 0
-        if len(status) < 4 or status[3] != " " or not status[:3].isdecimal():
+        digits = status[:3]
+        if status[3:4] != " " or not digits.isdecimal() or not digits.isascii():
             raise ProtocolError(f"status must be like '200 OK', not {status!r}")
-        self.last_code = int(status[:3])
-        self.last_reason = latin(status[4:])
-        if self.last_code == 200 and self.last_reason == b"OK":
-            self.last_reason = None
+        reason = latin(status[4:])
+        self.last_code = int(digits)
+        self.last_reason = None if status == "200 OK" else reason
         self.last_status = status
         return 0
 
@@ -461,8 +461,9 @@ cdef class Answer:
 
     cdef Request request
     cdef Dispatcher dispatcher
-    cdef object status
-    cdef object fields
+    cdef int code         # the status
+    cdef bytes reason
+    cdef list fields      # None: start_response() was not called yet
     cdef bint committed   # the app has sent body bytes
     cdef bint begun       # the head is on its way
     cdef bint head        # all of the answer is its head
@@ -493,10 +494,13 @@ cdef class Answer:
             raise TypeError(f"headers must be a list of pairs, not {headers!r}")
         if exc_info is not None:
             self.replace(exc_info)
-        elif self.status is not None:
+        elif self.fields is not None:
             raise AssertionError("start_response() was called twice without exc_info")
-        self.status = status
+        self.dispatcher.read_status(status)
+        self.code, self.reason = self.dispatcher.last_code, self.dispatcher.last_reason
         self.fields = headers
+        self.head = (self.code == 204 or self.code == 304
+                     or self.request.asks_for_head())
         return self
 
     cdef int replace(self, exc_info) except -1:
@@ -530,7 +534,7 @@ cdef class Answer:
     cdef bytes only_part(self, result):
         """The body, if it is one piece or none, and nobody has to wait for it."""
         cdef object part
-        if self.committed or self.status is None:
+        if self.committed or self.fields is None:
             return None
         if type(result) is not list and type(result) is not tuple:
             return None
@@ -628,6 +632,8 @@ cdef class Answer:
         cdef bint full
         if self.error is not None:
             raise self.error
+        if self.fields is None:
+            raise ProtocolError("the app did not call start_response()")
         self.committed = True
         if not dispatcher.leads():
             self.posted += PyBytes_GET_SIZE(data)
@@ -681,15 +687,10 @@ cdef class Answer:
 
     cdef int start_now(self) except -1:
         """Begin the answer."""
-        cdef Dispatcher dispatcher = self.dispatcher
-        cdef Request request = self.request
-        if self.status is None:
+        if self.fields is None:
             raise ProtocolError("the app did not call start_response()")
-        dispatcher.read_status(self.status)
-        request.start(dispatcher.last_code, dispatcher.last_reason, self.fields)
+        self.request.start(self.code, self.reason, self.fields)
         self.begun = True
-        self.head = (dispatcher.last_code == 204 or dispatcher.last_code == 304
-                     or request.asks_for_head())
         return 0
 
     # -- waiting --
