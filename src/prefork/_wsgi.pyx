@@ -607,6 +607,7 @@ cdef class Answer:
             for part in self.parts:
                 if not self.checked(part):
                     continue
+                self.committed = True
                 self.write_now(part)
                 if self.head:
                     break
