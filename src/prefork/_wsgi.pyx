@@ -468,8 +468,7 @@ cdef class Answer:
     cdef bint begun       # the head is on its way
     cdef bint head        # all of the answer is its head
     cdef object error     # why nothing more can be sent, or received
-    cdef int64_t written  # bytes of the body
-    cdef int64_t pending  # of them, not taken by the socket, as far as known
+    cdef int64_t pending  # bytes of the body not taken by the socket, as far as known
     cdef int64_t posted   # and not yet seen by who leads
     cdef object parts     # the iterator that the app returned
     cdef object closing   # close() of what the app returned
@@ -671,7 +670,7 @@ cdef class Answer:
             self.open_gate()
 
     cdef int write_now(self, bytes data) except -1:
-        """Write, and send at once, as PEP 3333 wants it, unless it is the last part."""
+        """Write, and send at once, as PEP 3333 wants it."""
         cdef Request request = self.request
         if request.loan is NULL:
             raise ClientDisconnected("the request is over")
@@ -680,9 +679,7 @@ cdef class Answer:
         if self.head:
             return 0
         request.put(data)
-        self.written += PyBytes_GET_SIZE(data)
-        if self.written != request.announced():
-            self.dispatcher.loop.flush()
+        self.dispatcher.loop.flush()
         self.pending = request.unsent()
         return 0
 
