@@ -514,8 +514,10 @@ cdef class Answer:
     cdef int hint(self, list fields) except -1:
         """An interim answer; in the app's thread."""
         cdef Dispatcher dispatcher = self.dispatcher
+        if self.error is not None:
+            raise self.error
         if not dispatcher.leads():
-            dispatcher.post(self.hint_now, fields)
+            dispatcher.post(self.hint_posted, fields)
             return 0
         dispatcher.leave()
         try:
@@ -523,6 +525,13 @@ cdef class Answer:
         finally:
             dispatcher.enter(self.request)
         return 0
+
+    def hint_posted(self, fields):
+        """What a thread hints that does not lead; it hears of errors later."""
+        try:
+            self.hint_now(fields)
+        except Exception as error:
+            self.found(error)
 
     def hint_now(self, fields):
         if self.request.loan is not NULL and not self.begun:
@@ -659,6 +668,8 @@ cdef class Answer:
     def write_posted(self, bytes data):
         """What a thread sends that does not lead; it hears of errors later."""
         self.posted -= PyBytes_GET_SIZE(data)
+        if self.error is not None:
+            return
         try:
             self.write_now(data)
             if self.waits and self.pending >= HIGH_WATER:
@@ -666,8 +677,7 @@ cdef class Answer:
             elif self.posted + self.pending < HIGH_WATER:
                 self.open_gate()
         except Exception as error:
-            self.error = error
-            self.open_gate()
+            self.found(error)
 
     cdef int write_now(self, bytes data) except -1:
         """Write, and send at once, as PEP 3333 wants it."""
@@ -708,6 +718,13 @@ cdef class Answer:
                 self.gate.release()
         return 0
 
+    cdef int found(self, error) except -1:
+        """Have the app's thread raise it when it comes here next. The first counts."""
+        if self.error is None:
+            self.error = error
+        self.open_gate()
+        return 0
+
     cdef int wait(self) except -1:
         """Until the gate is opened. In a crew somebody else leads meanwhile; the only
         thread turns the loop itself."""
@@ -738,12 +755,11 @@ cdef class Answer:
         return 0
 
     def want_body_now(self):
-        if self.request.loan is NULL:
-            self.error = ClientDisconnected("the request is over")
-            self.open_gate()
-            return
-        self.request.attach(self)
-        self.request.want_body(True)
+        try:
+            self.request.attach(self)
+            self.request.want_body(True)
+        except Exception as error:
+            self.found(error)
 
     # -- events of the loan, told by who leads --
 
