@@ -6,6 +6,8 @@ cdef extern from "prefork.h" nogil:
     # ---- Errors ----
     cdef enum:
         PF_ERR_APP_FIELD_VALUE
+        PF_ERR_APP_BODY_LONG
+        PF_ERR_APP_BODY_SHORT
         PF_ERR_CLOSED
         PF_ERR_WRITE_TIMEOUT
         PF_ERR_IDLE_TIMEOUT

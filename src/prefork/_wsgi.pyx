@@ -27,6 +27,8 @@ from prefork.errors import ClientDisconnected, ProtocolError, RequestError
 
 from prefork cimport _dispatch, _native
 from prefork._core cimport (
+    PF_ERR_APP_BODY_LONG,
+    PF_ERR_APP_BODY_SHORT,
     PF_FIELD_COOKIE,
     PF_FIELD_OTHER,
     PF_HEAD_CHUNKED,
@@ -555,9 +557,14 @@ cdef class Answer:
         """Answer with a body that is whole."""
         cdef Request request = self.request
         self.start_now()
-        if request.announced() < 0:
+        cdef int64_t length = request.announced()
+        if length < 0:
             return request.whole(body)
         if not self.head:
+            if length != PyBytes_GET_SIZE(body):
+                raise core.error(PF_ERR_APP_BODY_SHORT
+                                 if length > PyBytes_GET_SIZE(body)
+                                 else PF_ERR_APP_BODY_LONG)
             request.put(body)
         return request.conclude()
 
