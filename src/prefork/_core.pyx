@@ -1121,8 +1121,10 @@ cdef class Request:
         check(rc)
         for name, value in fields:
             if type(name) is not str or type(value) is not str:
-                raise TypeError(
-                    f"a header field must be a pair of str, not {(name, value)!r}")
+                if not isinstance(name, str) or not isinstance(value, str):
+                    raise TypeError(
+                        f"a header field must be a pair of str, not {(name, value)!r}")
+                name, value = str.__str__(name), str.__str__(value)
             self.field(name, value)
         return 0
 

@@ -452,6 +452,11 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
 # ---- The answer ----
 
+cdef bytes plain(part):
+    """Bytes of a subclass as bytes."""
+    return <bytes>part if type(part) is bytes else bytes(part)
+
+
 @cython.freelist(64)
 cdef class Answer:
     """start_response(status, headers, exc_info=None) of one request, and its state.
@@ -485,12 +490,14 @@ cdef class Answer:
 
         Hardly any app calls write(), so what it would be is not made for it.
         """
-        if type(status) is bytes and headers is None:
-            if status:
-                self.send(status)
+        if headers is None and not isinstance(status, str):
+            if self.checked(status):
+                self.send(plain(status))
             return None
         if type(status) is not str:
-            raise TypeError(f"status must be a str, not {status!r}")
+            if not isinstance(status, str):
+                raise TypeError(f"status must be a str, not {status!r}")
+            status = str.__str__(status)
         if type(headers) is not list:
             raise TypeError(f"headers must be a list of pairs, not {headers!r}")
         if exc_info is not None:
@@ -606,7 +613,7 @@ cdef class Answer:
         try:
             for part in self.parts:
                 if self.checked(part):
-                    self.send(part)
+                    self.send(plain(part))
                     if self.head:
                         break
         except BaseException as error:
@@ -623,7 +630,7 @@ cdef class Answer:
                 if not self.checked(part):
                     continue
                 self.committed = True
-                self.write_now(part)
+                self.write_now(plain(part))
                 if self.head:
                     break
                 if self.pending >= HIGH_WATER or self.dispatcher.loop.touch() > until:
@@ -638,8 +645,8 @@ cdef class Answer:
 
     cdef Py_ssize_t checked(self, part) except -1:
         """How many bytes a part has."""
-        if type(part) is not bytes:
-            raise TypeError(f"a WSGI app returns bytes, not {part!r}")
+        if not isinstance(part, bytes):
+            raise TypeError(f"the body of an answer is made of bytes, not {part!r}")
         return PyBytes_GET_SIZE(part)
 
     cdef int send(self, bytes data) except -1:
