@@ -212,10 +212,20 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             PyDict_SetItem(environ, REMOTE_PORT, port_text(remote.port))
         elif self.remote.family > AF_UNIX:
             PyDict_SetItem(environ, REMOTE_ADDR, EMPTY)
-        if not same_host(&local, &self.local) or local.port != self.local.port:
-            named = local.family > AF_UNIX
-            environ[SERVER_NAME] = self.host_text(&local) if named else EMPTY
-            environ[SERVER_PORT] = port_text(local.port) if named else EMPTY
+        if local.family <= AF_UNIX:
+            self.name_server(environ)
+        elif not same_host(&local, &self.local) or local.port != self.local.port:
+            environ[SERVER_NAME] = self.host_text(&local)
+            environ[SERVER_PORT] = port_text(local.port)
+        return 0
+
+    cdef int name_server(self, dict environ) except -1:
+        """SERVER_* on a unix socket, where only the client's Host can tell them; PEP
+        3333 forbids that they are empty."""
+        name, colon, port = environ.get("HTTP_HOST", "").rpartition(":")
+        if not colon or "]" in port:
+            name, port = name + colon + port, EMPTY
+        environ[SERVER_NAME], environ[SERVER_PORT] = name or "localhost", port or "80"
         return 0
 
     cdef int adopt_ends(self, dict environ, const pf_peer *remote,
