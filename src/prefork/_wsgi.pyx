@@ -170,6 +170,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef dict template
     cdef str root_path
     cdef str header_map   # what becomes of names with underscores
+    cdef bint allows      # they are let in
     cdef dict hosts       # addresses as text, by their bytes
     cdef pf_peer remote   # the ends that stand in the template
     cdef pf_peer local
@@ -184,6 +185,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.template = template
         self.root_path = root_path
         self.header_map = header_map
+        self.allows = header_map == "allow"
         self.hosts = {}
 
     cdef Request make(self):
@@ -291,7 +293,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             value = latin_text(data + field.value_at, field.value_len)
             if field.id != PF_FIELD_OTHER:
                 key = KEYS[field.id]
-                if seen >> field.id & 1:
+                if seen >> field.id & 1 or (self.allows and key in environ):
                     glue = "; " if field.id == PF_FIELD_COOKIE else ","
                     value = <str>environ[key] + glue + value
                 seen |= <uint64_t>1 << field.id
