@@ -502,7 +502,7 @@ cdef class Answer:
 
         Hardly any app calls write(), so what it would be is not made for it.
         """
-        if headers is None and not isinstance(status, str):
+        if headers is None and self.fields is not None:
             if self.checked(status):
                 self.send(plain(status))
             return None
