@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 from collections import deque
+from concurrent.futures import Future
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF
@@ -275,6 +276,23 @@ cdef class Dispatcher:
         if pid != self.pid:
             end_fork(error)
         return 0
+
+    def inform(self, Request request, int status, list fields):
+        """An interim answer, from a handler in whichever thread it runs."""
+        if self.leads():
+            Request.inform(request, status, fields)
+            return
+        informed = Future()
+
+        def inform():
+            try:
+                Request.inform(request, status, fields)
+                informed.set_result(None)
+            except Exception as error:
+                informed.set_exception(error)
+
+        self.loop.call(inform)
+        informed.result()
 
     def apart(self, request, function, then):
         """Call function() as handlers are called, then(result, error) where that leads.

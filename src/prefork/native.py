@@ -275,7 +275,7 @@ class Desk:
         if isinstance(request.exchange, Threaded):
             request.exchange.inform(status, headers)
         else:
-            _core.Request.inform(request, status, headers)
+            self.dispatcher.inform(request, status, list(headers))
 
     def finish(self, request: Request, result: Any) -> None:
         """Answer with what is not bytes, str or Response."""
