@@ -487,7 +487,8 @@ cdef class Answer:
     cdef bint begun       # the head is on its way
     cdef bint head        # all of the answer is its head
     cdef object error     # why nothing more can be sent, or received
-    cdef int64_t pending  # bytes of the body not taken by the socket, as far as known
+    cdef int64_t written  # bytes of the body
+    cdef int64_t pending  # of them, not taken by the socket, as far as known
     cdef int64_t posted   # and not yet seen by who leads
     cdef object parts     # the iterator that the app returned
     cdef object closing   # close() of what the app returned
@@ -715,6 +716,7 @@ cdef class Answer:
         if self.head:
             return 0
         request.put(data)
+        self.written += PyBytes_GET_SIZE(data)
         self.dispatcher.loop.flush()
         self.pending = request.unsent()
         return 0
@@ -852,6 +854,8 @@ cdef class Answer:
                 self.complete_file_now(body)
             elif body is not None:
                 self.complete_now(body)
+            elif self.begun and self.written < request.announced():
+                request.end()  # raises; the log may name the request
             elif self.begun:
                 request.conclude()
             else:
