@@ -639,6 +639,8 @@ cdef class Answer:
         """As many as there is room and time for, in the only thread there is."""
         cdef int64_t until = self.dispatcher.loop.touch() + PULL_MS
         try:
+            if self.error is not None:
+                raise self.error
             for part in self.parts:
                 if not self.checked(part):
                     continue
