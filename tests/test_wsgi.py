@@ -417,13 +417,14 @@ def test_multiprocess_is_true_in_workers(start):
 
 # ---- environ: names with underscores -------------------------------------------------
 
+LONG = "x_" * 200
 FORGED_NAMES = get(
     "/",
     "X_Mine: forged",
     "X-Mine: true",
     "Content_Type: x",
     "X__: y",
-    f"{'x_' * 200}: z",
+    f"{LONG}: z",
 )
 
 
@@ -433,7 +434,7 @@ def test_a_name_with_an_underscore_is_dropped(serve):
         assert found == {"HTTP_HOST": "a", "HTTP_X_MINE": "true"}
 
 
-@pytest.mark.parametrize("name", ["X_Mine", "Transfer_Encoding", "x_" * 200])
+@pytest.mark.parametrize("name", ["X_Mine", "Transfer_Encoding", LONG])
 def test_a_name_with_an_underscore_can_be_refused(wsgi, name):
     live = wsgi(hello, header_map="refuse")
     client = live.client()
@@ -443,10 +444,10 @@ def test_a_name_with_an_underscore_can_be_refused(wsgi, name):
 
 
 def test_a_name_with_an_underscore_can_be_allowed(serve):
-    request = get("/", "X_Mine: 1", "X-Mine: 2", "Content_Type: x", f"{'x_' * 200}: z")
+    request = get("/", "X_Mine: 1", "X-Mine: 2", "Content_Type: x", f"{LONG}: z")
     for environ in environs(serve, request, header_map="allow", strict=False):
         assert environ["HTTP_X_MINE"] == "1,2"
-        assert environ["HTTP_" + "X_" * 200] == "z"
+        assert environ[f"HTTP_{LONG.upper()}"] == "z"
         assert "CONTENT_TYPE" not in environ
 
 
@@ -629,7 +630,7 @@ def test_an_app_may_read_for_the_first_time_amid_its_answer(wsgi):
         start_response("200 OK", [PLAIN])
         yield environ["wsgi.input"].read(5)
 
-    answer = wsgi(app).client().ask(ANNOUNCED, on_100=b"hello")
+    answer = wsgi(app, strict=False).client().ask(ANNOUNCED, on_100=b"hello")
     assert (answer.interim, answer.body) == ([(100, [])], b"hello")
 
 
@@ -685,7 +686,7 @@ def test_a_body_too_large_behind_the_100_is_a_413(wsgi):
     assert logged(live) == ""
 
 
-def test_an_app_may_live_with_a_body_that_does_not_come(wsgi):
+def test_an_app_that_does_not_care_does_not_hide_what_the_client_did_wrong(wsgi):
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         try:
             environ["wsgi.input"].read(5)
@@ -911,8 +912,7 @@ def test_start_response_called_twice_is_a_500(wsgi):
     assert refused(wsgi(app), "start_response() was called twice without exc_info")
 
 
-@pytest.mark.parametrize("strict", ITERATED)
-def test_start_response_never_called_is_a_500(wsgi, strict):
+def test_start_response_never_called_is_a_500(wsgi):
     live = wsgi(lambda environ, start: [b"hi"], strict=False)
     assert refused(live, "the app did not call start_response()")
 
@@ -1029,7 +1029,7 @@ def writing(*parts: Any, rest: Any = ()) -> App:
         ([b""], [b"hi"]),
         ([b"h"], [b"i"]),
         ([b"h"], [b"", b"i"]),
-        ([b"h"], iter([b"i"])),
+        ([b"h"], [b"i", b""]),
     ],
 )
 def test_what_is_written_comes_before_what_is_returned(wsgi, parts, rest):
@@ -1040,7 +1040,7 @@ def test_what_is_written_comes_before_what_is_returned(wsgi, parts, rest):
 @pytest.mark.parametrize("part", ["hi", bytearray(b"hi"), None, 5])
 def test_writing_what_is_no_bytes_is_a_500(wsgi, part):
     live = wsgi(writing(part), strict=False)
-    assert refused(live, f"write() takes bytes, not {part!r}")
+    assert refused(live, f"the body of an answer is made of bytes, not {part!r}")
 
 
 def test_what_is_written_is_transmitted_at_once(wsgi):
@@ -1187,7 +1187,7 @@ def test_what_has_no_announced_length_ends_with_the_connection_in_http_1_0(wsgi)
 )
 def test_a_block_that_is_no_bytes_is_a_500(wsgi, result):
     live = wsgi(app_of(result), strict=False)
-    assert refused(live, "a WSGI app returns bytes, not")
+    assert refused(live, "the body of an answer is made of bytes, not")
 
 
 def test_a_block_that_is_no_bytes_behind_the_first_cuts_the_answer_off(wsgi):
@@ -1195,7 +1195,7 @@ def test_a_block_that_is_no_bytes_behind_the_first_cuts_the_answer_off(wsgi):
     client = live.client()
     client.send(GET)
     assert client.rest().endswith(b"5\r\nbegun\r\n")
-    assert live.log.until("a WSGI app returns bytes, not 'more'")
+    assert live.log.until("the body of an answer is made of bytes, not 'more'")
 
 
 @pytest.mark.parametrize("result", [None, 5, object()])
@@ -1364,7 +1364,7 @@ def test_close_is_called_once_when_an_iterable_raises_at_once(wsgi):
 def test_close_is_called_once_when_a_block_is_no_bytes(wsgi):
     parts = Parts(["hi"])
     live = wsgi(app_of(parts), strict=False)
-    assert refused(live, "a WSGI app returns bytes")
+    assert refused(live, "is made of bytes")
     assert closed_once(live, parts)
 
 
@@ -1381,7 +1381,7 @@ def test_close_is_called_once_when_iter_raises(wsgi):
 
 @pytest.mark.parametrize(
     ("status", "fields"),
-    [("200 OK", [("X", "a\nb")]), ("200", []), ("100 Continue", []), (200, [])],
+    [("200 OK", [("X", "a\nb")]), ("100 Continue", []), (200, [])],
 )
 def test_close_is_called_once_when_the_head_is_refused(wsgi, status, fields):
     parts = Parts([b"hi"])
@@ -1585,14 +1585,14 @@ def test_each_block_is_transmitted_before_the_next_is_asked_for(wsgi, announced,
 
     outcome: list[bool] = []
     fields = [PLAIN, ("Content-Length", str(3 * size))] if announced else [PLAIN]
-    client = wsgi(app_of(parts, fields=fields)).client()
+    live = wsgi(app_of(parts, fields=fields))
+    client = live.client()
     client.send(GET)
-    client.until(b"\r\n\r\n")
     for n, event in enumerate(reacted):
         client.until(b"%d" % n * size)
         event.set()
-    client.close()
-    assert outcome[:2] == [True, True]
+    live.stop()
+    assert outcome == [True] * 3
 
 
 @pytest.mark.parametrize("size", [100, 16384, 65536])
