@@ -1,7 +1,8 @@
 """The live server of the HTTP cases: an echo with default limits on a free port.
 
-Writes its port on standard output once it accepts. It lives as long as its standard
-input is open: whoever started it may die without a trace.
+Its argument is the interface, native or wsgi. Writes its port on standard output once
+it accepts. It lives as long as its standard input is open: whoever started it may die
+without a trace.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import prefork
 
@@ -29,6 +32,24 @@ def echo(request: prefork.Request) -> prefork.Response:
     return prefork.Response(json.dumps(seen, default=_text))
 
 
+def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    """The same, as far as a WSGI app sees it."""
+    start_response("200 OK", [("Content-Type", "application/json")])
+    seen = {
+        "method": environ["REQUEST_METHOD"],
+        "target": environ["RAW_URI"],
+        "path": environ["PATH_INFO"],
+        "query": environ["QUERY_STRING"],
+        "version": environ["SERVER_PROTOCOL"].removeprefix("HTTP/"),
+        "environ": {key: environ[key] for key in environ if "." not in key},
+        "body": environ["wsgi.input"].read(),
+    }
+    return [json.dumps(seen, default=_text).encode()]
+
+
+APPS: dict[str, Callable[..., Any]] = {"native": echo, "wsgi": application}
+
+
 def _text(data: bytes) -> str:
     return bytes(data).decode("latin-1")
 
@@ -44,4 +65,4 @@ def follow_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=follow_parent, daemon=True).start()
-    prefork.Server(echo).listen_and_serve("127.0.0.1:0", on_ready=report)
+    prefork.Server(APPS[sys.argv[1]]).listen_and_serve("127.0.0.1:0", on_ready=report)
