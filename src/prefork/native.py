@@ -275,6 +275,8 @@ class Desk:
         if isinstance(request.exchange, Threaded):
             request.exchange.inform(status, headers)
         else:
+            if request.answered and self.crew_size > 1:
+                raise ClientDisconnected("the request is over")
             self.dispatcher.inform(request, status, list(headers))
 
     def finish(self, request: Request, result: Any) -> None:
