@@ -361,7 +361,7 @@ def test_a_drain_waits_for_blocked_handlers(program):
     answers = [client.answer() for client in clients]
     assert [(a.body, a.closes) for a in answers] == [(b"hi", True)] * 4
     close([*clients, idle])
-    assert program.until("returned") == ["1"]
+    assert program.until("returned") == ["1"] and program.wait() == 0
 
 
 def test_an_exit_ends_the_process_while_other_handlers_block(program):
