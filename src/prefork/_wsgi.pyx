@@ -424,11 +424,18 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef tuple job(self, Request request):
         cdef Answer answer = self.answer_to(request)
         try:
-            return self.call, answer, self.environ(request, answer)
+            return self.call_later, answer, self.environ(request, answer)
         except BaseException as error:
             return self.post, answer.end_now, None, error
 
-    cpdef int call(self, Answer answer, dict environ) except -1:
+    def call_later(self, Answer answer, dict environ):
+        """The app for a request that found every thread at work, unless it has left."""
+        if answer.error is None:
+            self.call(answer, environ)
+        else:
+            self.post(answer.end_now, None, answer.error)
+
+    cdef int call(self, Answer answer, dict environ) except -1:
         """Call the app, and send what it returns; in its thread."""
         cdef bytes body
         try:
