@@ -509,6 +509,7 @@ struct pf_loop {
     int64_t mail_until;   /* in a drain, for what was promised */
     int64_t accept_until; /* in a drain, of quiesced listeners */
     bool draining, drained, closed, embedded, woken, has_mail;
+    bool signalled; /* woken by Python's signal handler, which writes the number */
     uint64_t next_id;
     pf_scoreboard *board; /* of the fleet; NULL: alone */
     pf__source mailbox;

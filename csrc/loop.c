@@ -645,8 +645,12 @@ static void
 heed_wake(pf_loop *loop)
 {
     char bytes[64];
-    while (read(loop->wake.fd, bytes, sizeof bytes) == (ssize_t)sizeof bytes) {
-    }
+    ssize_t n;
+    do {
+        n = read(loop->wake.fd, bytes, sizeof bytes);
+        for (ssize_t i = 0; i < n; i++)
+            loop->signalled |= bytes[i] != 0;
+    } while (n == (ssize_t)sizeof bytes);
     loop->woken = true;
 }
 
@@ -674,8 +678,8 @@ take_loop_events(pf_loop *loop, pf_event *events, int max)
 {
     int n = 0;
     if (n < max && loop->woken) {
-        loop->woken = false;
-        events[n++] = (pf_event){.flags = PF_EVENT_WOKEN};
+        events[n++] = (pf_event){.flags = PF_EVENT_WOKEN, .code = loop->signalled};
+        loop->woken = loop->signalled = false;
     }
     if (n < max && is_drained(loop)) {
         loop->drained = true;

@@ -422,7 +422,8 @@ enum pf_event_flag {
 
 typedef struct pf_event {
     uint32_t flags;      /* PF_EVENT_* */
-    int32_t code;        /* REFUSED: PF_ERR_*; READABLE: the fd */
+    int32_t code;        /* REFUSED: PF_ERR_*; READABLE: the fd; WOKEN: 1 if a byte
+                            other than 0 was written to pf_loop_wake_fileno() */
     pf_request *request; /* NULL for RELEASED, DRAINED, WOKEN, READABLE */
     void *user;          /* what pf_request_set_user() said last; RELEASED: ref */
 } pf_event;

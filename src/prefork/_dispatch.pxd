@@ -29,7 +29,7 @@ cdef class Dispatcher:
     cdef int eager              # > 0: handlers block, so the loop is handed on at once
     cdef object waiting         # jobs that found every thread at work
     cdef bint over
-    cdef object on_over         # called once, when the crew has nothing more to do
+    cdef object gate            # a lock at which the main thread sleeps
 
     cdef Request make(self)
     cdef int perform(self, Request request) except -1
@@ -48,6 +48,7 @@ cdef class Dispatcher:
     cdef bint leave(self) except -1
     cdef int expect_to_block(self) except -1
     cdef bint claim(self) except -1
+    cdef int nudge(self) except -1
     cdef int lead(self) except -1
     cpdef int turn(self, int timeout_ms) except -1
     cpdef int serve(self, Request request) except -1

@@ -211,6 +211,8 @@ cdef class Dispatcher:
         elif flags & PF_EVENT_WOKEN:
             if self.crew is None:
                 PyErr_CheckSignals()
+            elif event.code:
+                self.nudge()
             self.run_calls()
         elif flags & PF_EVENT_DRAINED:
             self.drained = True
@@ -424,7 +426,13 @@ cdef class Dispatcher:
         if not self.over:
             self.over = True
             self.crew.close()
-            self.on_over()
+            self.nudge()
+
+    cdef int nudge(self) except -1:
+        """Wake the main thread: a signal may have come just before it fell asleep."""
+        if self.gate.locked():
+            self.gate.release()
+        return 0
 
     def run_crew(self, int threads, start):
         """Serve with so many handlers at a time until the loop has drained.
@@ -432,12 +440,12 @@ cdef class Dispatcher:
         start(function) starts and returns a thread. The thread that calls this waits;
         it answers signals, and runs nothing.
         """
-        ended = threading.Lock()
-        ended.acquire()
-        self.on_over = ended.release
+        self.gate = threading.Lock()
         self.crew = Crew()
         started = [start(self.work) for _ in range(threads + 1)]
-        ended.acquire()
+        while not self.over:
+            self.gate.acquire()
+            PyErr_CheckSignals()
         self.raise_fatal()
         for thread in started:
             thread.join()
