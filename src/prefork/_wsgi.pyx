@@ -604,6 +604,8 @@ cdef class Answer:
             request.set_length(length)
         elif request.announced() < length:
             length = request.announced()
+        elif request.announced() > length and not self.head:
+            raise core.error(PF_ERR_APP_BODY_SHORT)
         request.write_file(file, file.offset, length)
         return request.conclude()
 
