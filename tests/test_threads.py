@@ -160,6 +160,36 @@ def test_requests_that_wait_for_a_thread_are_served_in_order(serve, interface):
     assert set(order) == {"/slow", *(f"/{n}" for n in range(10))}
 
 
+def test_a_large_upload_may_wait_for_a_thread(serve):
+    crowd, body = Crowd(2), os.urandom(4 << 20)
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["PATH_INFO"] == "/slow":
+            crowd.wait()
+        start_response("200 OK", [PLAIN])
+        return [environ["wsgi.input"].read()]
+
+    live = serve(app, threads=2, body_buffer_size=65536)
+    block(live, crowd, 2)
+    uploader = live.client()
+    uploader.send(post(body))
+    live.until(lambda stats: stats["lent"] == 3)
+    crowd.go.set()
+    assert uploader.answer().body == body
+
+
+def test_a_large_upload_that_leaves_while_it_waits_leaves_no_file(serve):
+    crowd = Crowd(2)
+    live = serve(app_of("wsgi", crowd.wait), threads=2, body_buffer_size=65536)
+    block(live, crowd, 2)
+    uploader = live.client()
+    uploader.send(post(bytes(4 << 20)))
+    live.until(lambda stats: stats["lent"] == 3)
+    uploader.reset()
+    live.until(lambda stats: stats["connections"] == 2)
+    crowd.go.set()
+
+
 def test_an_async_handler_has_one_thread():
     async def handler(request: Request) -> bytes:
         return b"hi"

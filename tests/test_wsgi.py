@@ -496,7 +496,7 @@ READS: dict[str, tuple[bytes, Callable[[Any], Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("framing", ["length", "chunked", "100"])
+@pytest.mark.parametrize("framing", ["length", "chunked", "100", "spilled"])
 @pytest.mark.parametrize("name", READS)
 def test_input_can_be_read(wsgi, name, framing):
     body, look, expected = READS[name]
@@ -506,8 +506,9 @@ def test_input_can_be_read(wsgi, name, framing):
         seen.append(look(environ["wsgi.input"]))
         return hello(environ, start_response)
 
-    live = wsgi(app, strict=False)
-    if framing == "length":
+    options = {"body_buffer_size": 1} if framing == "spilled" else {}
+    live = wsgi(app, strict=False, **options)
+    if framing in ("length", "spilled"):
         live.ask(post(body))
     elif framing == "chunked":
         parts = [body[n : n + 4] for n in range(0, len(body), 4)]
@@ -1471,12 +1472,11 @@ def test_what_close_raises_is_logged_and_harms_nobody(wsgi):
         raise LookupError("in close")
 
     parts = Parts([b"hi"], closing)
-    live = wsgi(app_of(lambda: parts))
+    live = wsgi(app_of(parts))
     client = live.client()
     assert client.ask().body == b"hi"
     assert live.log.until("LookupError: in close")
     assert client.ask().status == 200
-    assert parts.closed == 2 or parts.done.wait(SOON)
 
 
 def test_a_generator_is_closed_when_the_client_leaves(wsgi):
@@ -1826,6 +1826,72 @@ def test_file_wrapper_closes_the_file_when_the_client_leaves(wsgi, tmp_path):
     client.reset()
     live.until(lambda stats: stats["connections"] == 0)
     assert logged(live) == "" and file.closed
+
+
+def sending(file: Any, fields: Any = (PLAIN,), status: str = "200 OK") -> App:
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response(status, list(fields))
+        return environ["wsgi.file_wrapper"](file)
+
+    return app
+
+
+@pytest.mark.parametrize("strict", ITERATED)
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [
+        (0, None, FILE := bytes(range(256)) * 1000),
+        (1000, None, FILE[1000:]),
+        (len(FILE), None, b""),
+        (len(FILE) - 1, 1, FILE[-1:]),
+    ],
+)
+def test_a_regular_file_is_sent_from_where_it_stands(
+    wsgi, tmp_path, strict, offset, length, expected
+):
+    (tmp_path / "file").write_bytes(FILE)
+    file = (tmp_path / "file").open("rb")
+    file.seek(offset)
+    announced = [("Content-Length", str(length))] if length is not None else []
+    client = wsgi(sending(file, [PLAIN, *announced]), strict=strict).client()
+    client.send(CLOSING)
+    assert client.answer().body == expected and client.rest() == b"" and file.closed
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("status", ["200 OK", "204 No Content", "304 Not Modified"])
+def test_a_file_is_closed_and_not_sent_where_there_is_no_body(
+    wsgi, tmp_path, method, status
+):
+    (tmp_path / "file").write_bytes(FILE)
+    file = (tmp_path / "file").open("rb")
+    fields = [PLAIN] if status == "200 OK" else []
+    live = wsgi(sending(file, fields, status), strict=False)
+    client = live.client()
+    answer = client.ask(get(method=method))
+    whole = status == "200 OK" and method == "GET"
+    assert answer.body == (FILE if whole else b"")
+    live.stop()
+    assert file.closed
+
+
+def test_a_file_is_sent_as_far_as_its_length_is_announced(wsgi, tmp_path):
+    (tmp_path / "file").write_bytes(FILE)
+    file = (tmp_path / "file").open("rb")
+    file.seek(1000)
+    live = wsgi(sending(file, [PLAIN, ("Content-Length", "50000")]), strict=False)
+    assert live.ask().body == FILE[1000:51_000]
+    live.stop()
+    assert file.closed
+
+
+def test_a_file_shorter_than_announced_is_a_500(wsgi, tmp_path):
+    (tmp_path / "file").write_bytes(b"hel")
+    file = (tmp_path / "file").open("rb")
+    live = wsgi(sending(file, [PLAIN, ("Content-Length", "5")]), strict=False)
+    assert refused(live, "shorter than its Content-Length")
+    live.stop()
+    assert file.closed
 
 
 # ---- How an app is known -------------------------------------------------------------
