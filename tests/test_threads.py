@@ -178,6 +178,7 @@ def test_a_large_upload_may_wait_for_a_thread(serve):
     assert uploader.answer().body == body
 
 
+@pytest.mark.filterwarnings("error")  # of files that only the collector closes
 def test_a_large_upload_that_leaves_while_it_waits_leaves_no_file(serve):
     crowd = Crowd(2)
     live = serve(app_of("wsgi", crowd.wait), threads=2, body_buffer_size=65536)

@@ -433,7 +433,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         if answer.error is None:
             self.call(answer, environ)
         else:
-            self.post(answer.end_now, None, answer.error)
+            answer.fail(answer.error)
 
     cdef int call(self, Answer answer, dict environ) except -1:
         """Call the app, and send what it returns; in its thread."""
