@@ -1248,6 +1248,8 @@ pf__conn_event(pf_conn *conn, uint32_t flags)
         conn->readable = true;
     if (conn->phase == PF__PHASE_LENT && (flags & EPOLLHUP))
         tell_holder(conn, PF_ERR_CLOSED);
+    if (conn->request != NULL && conn->request->want_end)
+        pf__conn_end_wanted(conn);
     if (pf__conn_unsent(conn) > 0 || conn->phase == PF__PHASE_LINGER
         || (conn->request != NULL && conn->request->want_room))
         pf__conn_mark_dirty(conn);
@@ -1273,6 +1275,15 @@ pf__conn_body_wanted(pf_conn *conn)
 }
 
 void
+pf__conn_end_wanted(pf_conn *conn)
+{
+    bool ended = conn->fin || conn->eof;
+    conn->request->want_end = !ended;
+    if (ended)
+        pf__conn_mark_ready(conn, PF_EVENT_ENDED);
+}
+
+void
 pf__conn_answered(pf_conn *conn)
 {
     pf_request *r = conn->request;
@@ -1294,7 +1305,7 @@ pf__conn_answered(pf_conn *conn)
     } else if (!r->body_done) {
         conn->phase = PF__PHASE_DRAIN;
         r->waiting = false;
-        r->want_room = false; /* the loan is over: nobody is told anything more */
+        r->want_room = r->want_end = false; /* the loan is over: nobody is told more */
         r->want = 0;
         pf__spill_close(&r->body_fd);
         await_input(conn);

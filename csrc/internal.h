@@ -419,7 +419,7 @@ struct pf_request {
     pf_loop *loop;
     pf_request *next_free;
     void *user;
-    bool has_body, body_done, expect, want_room, dead;
+    bool has_body, body_done, expect, want_room, want_end, dead;
     bool waiting;             /* its head, or the rest to be dropped, has a deadline */
     uint8_t want;             /* enum pf_want */
     int refused;              /* PF_ERR_* when lent as REFUSED */
@@ -456,6 +456,7 @@ void pf__conn_drain(pf_conn *conn, bool now);
 bool pf__conn_is_quiet(const pf_conn *conn); /* between two requests */
 void pf__conn_leave(pf_conn *conn); /* its socket is another worker's from now on */
 void pf__conn_body_wanted(pf_conn *conn);
+void pf__conn_end_wanted(pf_conn *conn);
 void pf__conn_consume(pf_conn *conn, size_t n);
 int pf__conn_borrow(pf_conn *conn, const pf__segment *segment);
 int pf__conn_continue(pf_conn *conn);     /* queue 100 Continue */

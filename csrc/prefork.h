@@ -418,6 +418,8 @@ enum pf_event_flag {
                                    what is answered is followed by close */
     PF_EVENT_WOKEN = 1 << 7,    /* pf_loop_wake() was called */
     PF_EVENT_READABLE = 1 << 8, /* a watched fd, in code, can be read; request is NULL */
+    PF_EVENT_ENDED = 1 << 9,    /* the peer will send nothing more: it has left, or has
+                                   only closed its side and still reads */
 };
 
 typedef struct pf_event {
@@ -572,6 +574,8 @@ size_t pf_request_pending(const pf_request *request); /* bytes not yet taken by 
                                                          kernel */
 int pf_request_want_room(pf_request *request); /* WRITABLE comes when little is pending;
                                                   at the next wait if that is so now */
+int pf_request_want_end(pf_request *request);  /* ENDED comes when the peer has closed its
+                                       side; at the next wait if it has done so already */
 
 /* The common case in one call: the whole answer; default fields and the default
  * Content-Type (unless content_type is given; empty: none) are added. Ends the loan if

@@ -520,3 +520,12 @@ pf_request_want_room(pf_request *r)
     pf__conn_mark_dirty(r->conn);
     return 0;
 }
+
+int
+pf_request_want_end(pf_request *r)
+{
+    if (r->dead)
+        return PF_ERR_CLOSED;
+    pf__conn_end_wanted(r->conn);
+    return 0;
+}

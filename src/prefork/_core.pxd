@@ -6,6 +6,7 @@ cdef extern from "prefork.h" nogil:
     # ---- Errors ----
     cdef enum:
         PF_ERR_APP_FIELD_VALUE
+        PF_ERR_APP_HOP_BY_HOP
         PF_ERR_APP_BODY_LONG
         PF_ERR_APP_BODY_SHORT
         PF_ERR_CLOSED
@@ -209,6 +210,7 @@ cdef extern from "prefork.h" nogil:
         PF_EVENT_REFUSED
         PF_EVENT_WOKEN
         PF_EVENT_READABLE
+        PF_EVENT_ENDED
 
     ctypedef struct pf_event:
         uint32_t flags
@@ -312,6 +314,7 @@ cdef extern from "prefork.h" nogil:
     bint pf_request_begun(const pf_request *request)
     size_t pf_request_pending(const pf_request *request)
     int pf_request_want_room(pf_request *request)
+    int pf_request_want_end(pf_request *request)
     int pf_request_answer(pf_request *request, int status, const char *content_type,
                           size_t content_type_len, const char *body, size_t len,
                           void *ref)
@@ -388,6 +391,7 @@ cdef class Request:
     cdef bint answer(self, int status, bytes content_type, bytes body) except -1
     cdef bint reply(self, int status, list pairs, bytes body) except -1
     cdef int start(self, int status, bytes reason, list fields) except -1
+    cdef int plain_field(self, bytes name, bytes value) except -1
     cdef int put(self, bytes data) except -1
     cdef int whole(self, bytes data) except -1
     cdef int conclude(self) except -1

@@ -449,6 +449,7 @@ DRAINED = PF_EVENT_DRAINED
 REFUSED = PF_EVENT_REFUSED
 WOKEN = PF_EVENT_WOKEN
 READABLE_FD = PF_EVENT_READABLE
+ENDED = PF_EVENT_ENDED
 
 PROXY_V1 = PF_PROXY_V1
 PROXY_V2 = PF_PROXY_V2
@@ -1128,6 +1129,16 @@ cdef class Request:
             self.field(name, value)
         return 0
 
+    cdef int plain_field(self, bytes name, bytes value) except -1:
+        """A field of bytes. One that speaks of the connection is ours to say, and is
+        left out, but for Connection: close."""
+        cdef int rc = pf_request_field(
+            self.lent(), PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name),
+            PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+        if rc < 0 and rc != PF_ERR_APP_HOP_BY_HOP:
+            self.field(name, value)
+        return 0
+
     def set_length(self, uint64_t length):
         """The body's length, unless a field has said it; before the first write."""
         check(pf_request_set_length(self.lent(), length))
@@ -1181,6 +1192,10 @@ cdef class Request:
     def want_room(self):
         """Have WRITABLE told when little is pending."""
         check(pf_request_want_room(self.lent()))
+
+    def want_end(self):
+        """Have ENDED told when the peer has closed its side: it may have left."""
+        check(pf_request_want_end(self.lent()))
 
     def inform(self, int status, headers):
         """An interim answer, sent at once: 103 Early Hints and its like (RFC 8297)."""

@@ -35,6 +35,7 @@ from prefork._core cimport (
     PF_EVENT_BODY,
     PF_EVENT_CLOSED,
     PF_EVENT_DRAINED,
+    PF_EVENT_ENDED,
     PF_EVENT_READABLE,
     PF_EVENT_REFUSED,
     PF_EVENT_RELEASED,
@@ -252,6 +253,8 @@ cdef class Dispatcher:
                 exchange.on_body()
             if flags & PF_EVENT_WRITABLE:
                 exchange.on_writable()
+            if flags & PF_EVENT_ENDED:
+                exchange.on_ended()
         except Exception as error:
             self.desk.failed(request, error)
         return 0
