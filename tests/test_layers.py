@@ -62,7 +62,8 @@ MODULES: dict[str, set[str]] = {
     "listeners": {"_core", "config", "errors"},
     "_dispatch": {"_core", "errors"},
     "_native": {"_core", "_dispatch", "errors"},
-    "_wsgi": {"_core", "_dispatch", "_native", "errors"},
+    "_blocks": {"_core"},
+    "_wsgi": {"_core", "_blocks", "_dispatch", "_native", "errors"},
     "native": {"_core", "_native", "errors", "log"},
     "wsgi": {"_core", "_native", "_wsgi", "errors", "log", "native"},
     "server": {

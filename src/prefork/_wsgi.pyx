@@ -16,16 +16,16 @@ from urllib.parse import unquote_to_bytes
 cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
-from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
+from cpython.object cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memchr, memcmp, memcpy
+from libc.string cimport memchr, memcmp
 
 from prefork import _core as core
 from prefork.errors import ClientDisconnected, ProtocolError, RequestError
 
 from prefork cimport _dispatch, _native
+from prefork._blocks cimport Blocks
 from prefork._core cimport (
     PF_ERR_APP_BODY_LONG,
     PF_ERR_APP_BODY_SHORT,
@@ -37,7 +37,6 @@ from prefork._core cimport (
     latin,
     pf_field,
     pf_head,
-    pf_http_hash,
     pf_peer,
 )
 
@@ -50,8 +49,6 @@ cdef enum:
     HIGH_WATER = 65536  # bytes pending above which a handler waits for room
     PULL_MS = 1         # so long an iterable is pulled before others have their turn
     NAME_MAX = 256      # of a field name that becomes a key without a detour
-    BLOCKS = 128        # of header fields that are remembered
-    BLOCK_MAX = 4096    # bytes of one
     AF_UNIX = 1
 
 cdef str HTTP_1_0 = sys.intern("HTTP/1.0")
@@ -151,14 +148,6 @@ cdef bint same_host(const pf_peer *a, const pf_peer *b):
     return a.family == b.family and memcmp(a.bytes, b.bytes, 16) == 0
 
 
-cdef struct Block:  # of header fields that came at least twice
-    uint64_t hash
-    char *bytes
-    size_t size
-    unsigned nfields   # fewer if some were not to be believed
-    PyObject *environ  # the template with its fields
-
-
 cdef class Dispatcher(_dispatch.Dispatcher):
     """Calls WSGI apps.
 
@@ -175,7 +164,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef pf_peer remote   # the ends that stand in the template
     cdef pf_peer local
     cdef bint template_ends
-    cdef Block blocks[BLOCKS]
+    cdef Blocks blocks    # of header fields, and environs with them
     cdef object last_status
     cdef int last_code
     cdef bytes last_reason
@@ -187,6 +176,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.header_map = header_map
         self.allows = header_map == "allow"
         self.hosts = {}
+        self.blocks = Blocks()
 
     cdef Request make(self):
         return _native.Request.__new__(_native.Request)
@@ -318,54 +308,17 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         key = key_of(name.lower())
         return None if key in FORWARDED else key  # trust looks at real names only
 
-    def __dealloc__(self):
-        cdef int i
-        for i in range(BLOCKS):
-            self.forget(&self.blocks[i])
-
-    cdef void forget(self, Block *block) noexcept:
-        free(block.bytes)
-        Py_XDECREF(block.environ)
-        block.bytes, block.environ = NULL, NULL
-
     cdef dict with_fields(self, const pf_head *head, const char *data):
         """A copy of the template with the header fields of this head."""
         cdef dict environ
-        cdef const char *bytes = data + head.fields[0].name_at
-        cdef size_t size = head.size - head.fields[0].name_at
-        cdef uint64_t hash
-        cdef Block *block
-        cdef bint again
-        if head.nfields == 0 or size > BLOCK_MAX or head.authority.len > 0:
-            environ = PyDict_Copy(self.template)
-            self.set_fields(environ, head, data)
-            return environ
-        hash = pf_http_hash(bytes, size)
-        block = &self.blocks[hash % BLOCKS]
-        again = (block.hash == hash and block.size == size
-                 and block.nfields == head.nfields)
-        if again and block.bytes is not NULL and memcmp(block.bytes, bytes, size) == 0:
-            return PyDict_Copy(<dict>block.environ)
+        found = self.blocks.find(head, data)
+        if found is not None:
+            return PyDict_Copy(<dict>found)
         environ = PyDict_Copy(self.template)
         self.set_fields(environ, head, data)
-        if again:
-            self.remember(block, environ, bytes, size)
-        else:  # for the first time: it may never come again
-            self.forget(block)
-            block.hash, block.size, block.nfields = hash, size, head.nfields
+        if self.blocks.again is not NULL:
+            self.blocks.keep(head, data, PyDict_Copy(environ))
         return environ
-
-    cdef int remember(self, Block *block, dict environ, const char *bytes,
-                      size_t size) except -1:
-        self.forget(block)
-        block.bytes = <char *>malloc(size)
-        if block.bytes is NULL:
-            raise MemoryError
-        memcpy(block.bytes, bytes, size)
-        environ = PyDict_Copy(environ)
-        Py_INCREF(environ)
-        block.environ = <PyObject *>environ
-        return 0
 
     cdef dict environ(self, Request request, Answer answer):
         """PEP 3333's environ of a request on loan."""
