@@ -11,7 +11,12 @@ import pytest
 from live import Live, descriptors
 from runs import mode, start  # noqa: F401 (fixtures)
 
+from prefork.eventloop import factory_of
+
 Serve = Callable[..., Live]
+
+# libuv keeps a pipe for signals, from its first loop to the end of the process.
+factory_of("auto")().close()
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """The live server of the HTTP cases: an echo with default limits on a free port.
 
-Its argument is the interface, native or wsgi. Writes its port on standard output once
-it accepts. It lives as long as its standard input is open: whoever started it may die
-without a trace.
+Its argument is the interface. Writes its port on standard output once it accepts. It
+lives as long as its standard input is open: whoever started it may die without a trace.
 """
 
 from __future__ import annotations
@@ -47,7 +46,34 @@ def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     return [json.dumps(seen, default=_text).encode()]
 
 
-APPS: dict[str, Callable[..., Any]] = {"native": echo, "wsgi": application}
+async def asgi(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """And as far as an ASGI app does."""
+    assert scope["type"] == "http"
+    body = b""
+    while (message := await receive())["type"] == "http.request":
+        body += message["body"]
+        if not message["more_body"]:
+            break
+    else:
+        return  # the body is broken: the server has answered
+    seen = {
+        "method": scope["method"],
+        "path": scope["raw_path"],
+        "query": scope["query_string"],
+        "version": scope["http_version"],
+        "fields": scope["headers"],
+        "body": body,
+    }
+    await send({"type": "http.response.start", "status": 200})
+    text = json.dumps(seen, default=_text).encode()
+    await send({"type": "http.response.body", "body": text})
+
+
+APPS: dict[str, Callable[..., Any]] = {
+    "native": echo,
+    "wsgi": application,
+    "asgi": asgi,
+}
 
 
 def _text(data: bytes) -> str:

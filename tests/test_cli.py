@@ -26,8 +26,15 @@ HELLO = """
     def wsgi(environ, start_response):
         return []
 
-    async def asgi(scope, receive, send):
-        pass
+    def asgi2(scope):
+        return None
+
+    class Asgi2:
+        def __init__(self, scope):
+            pass
+
+        async def __call__(self, receive, send):
+            pass
 
     class Application:
         def __call__(self, environ, start_response):
@@ -200,8 +207,8 @@ def test_an_unknown_option_gives_one_line_and_2(run, arguments):
 @pytest.mark.parametrize(
     ("app", "interface", "text"),
     [
-        ("asgi", "auto", "interface asgi is not available in this version; "),
-        ("app", "asgi", "interface asgi is not available in this version; "),
+        ("asgi2", "auto", "asgi2 is an ASGI 2 app, app(scope)(receive, send); wrap"),
+        ("Asgi2", "asgi", "Asgi2 is an ASGI 2 app, app(scope)(receive, send); wrap"),
         (
             "flexible",
             "auto",
@@ -209,7 +216,7 @@ def test_an_unknown_option_gives_one_line_and_2(run, arguments):
         ),
     ],
 )
-def test_an_interface_that_is_not_there_yet_says_so(run, app, interface, text):
+def test_an_interface_that_is_not_served_says_so(run, app, interface, text):
     assert mistake(run(f"hello:{app}", "--interface", interface), 2).startswith(text)
 
 

@@ -15,7 +15,7 @@ from prefork.master import SIGNALS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "prefork.md").read_text()
-PAGES = PAGE + (DOCS / "wsgi.md").read_text()
+PAGES = PAGE + (DOCS / "wsgi.md").read_text() + (DOCS / "asgi.md").read_text()
 PROGRAMS = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGES, re.DOTALL)
 CLOSE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 

@@ -64,10 +64,16 @@ MODULES: dict[str, set[str]] = {
     "_native": {"_core", "_dispatch", "errors"},
     "_blocks": {"_core"},
     "_wsgi": {"_core", "_blocks", "_dispatch", "_native", "errors"},
-    "native": {"_core", "_native", "errors", "log"},
+    "_asgi": {"_core", "_blocks", "_dispatch", "_native", "errors"},
+    "eventloop": {"errors"},
+    "native": {"_core", "_native", "errors", "eventloop", "log"},
     "wsgi": {"_core", "_native", "_wsgi", "errors", "log", "native"},
+    "asgi": {
+        *{"native", "eventloop"},
+        *{"_core", "_native", "_asgi", "errors", "log"},
+    },
     "server": {
-        *{"native", "wsgi", "listeners"},
+        *{"native", "wsgi", "asgi", "eventloop", "listeners"},
         *{"_core", "_native", "config", "errors", "forwarded", "log"},
     },
     "worker": {

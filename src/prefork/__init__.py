@@ -11,6 +11,7 @@ Prefork(Server(app)).listen_and_serve(":8080")
 from prefork.config import Config
 from prefork.errors import (
     AppLoadError,
+    AppStartupError,
     ClientDisconnected,
     CommandProducerNoneError,
     CommandProducerNotStartedError,
@@ -31,6 +32,7 @@ from prefork.worker import is_child
 
 __all__ = [
     "AppLoadError",
+    "AppStartupError",
     "ClientDisconnected",
     "CommandProducerNoneError",
     "CommandProducerNotStartedError",

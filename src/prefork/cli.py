@@ -213,15 +213,14 @@ class Deferred:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.seat: tuple[Any, ...] = ()
 
-        self.seat: tuple[Any, int] | None = None
-
-    def take_seat(self, board: Any, row: int) -> None:
-        self.seat = board, row
+    def take_seat(self, *seat: Any) -> None:
+        self.seat = seat
 
     def serve(self, sockets: list[socket.socket], **more: Any) -> None:
         server = _server(self.config)
-        if self.seat is not None:
+        if self.seat:
             server.take_seat(*self.seat)
         server.serve(sockets, **more)
 

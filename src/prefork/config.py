@@ -456,8 +456,18 @@ class Config:
         minimum=1,
         maximum=4096,
     )
-    root_path: str = _answer(
-        "", "Where the app is mounted: SCRIPT_NAME, like /shop.", TEXT
+    root_path: str = _answer("", "Where the app is mounted, like /shop.", TEXT)
+    lifespan: str = _answer(
+        "auto",
+        "ASGI: let the app start and end; auto: if it knows how to.",
+        TEXT,
+        choices=("auto", "on", "off"),
+    )
+    loop: str = _answer(
+        "auto",
+        "Event loop of ASGI and async handlers; auto is uvloop if it is installed.",
+        TEXT,
+        choices=("auto", "asyncio", "uvloop"),
     )
     header_map: str = _answer(
         "drop",

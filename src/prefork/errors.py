@@ -57,6 +57,12 @@ class AppLoadError(PreforkError):
         self.own = own
 
 
+class AppStartupError(PreforkError):
+    """The app failed to start (ASGI lifespan); `__cause__` is what it raised."""
+
+    exit_code = 3
+
+
 class WorkerBootError(PreforkError):
     """A worker raised before it accepted; `traceback` is its traceback as text."""
 

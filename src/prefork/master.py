@@ -201,6 +201,7 @@ class Prefork:
             serve_func=config.serve_func,
             on_master_death=config.on_master_death,
             logger=log.error_logger(config.logger, config.log_level),
+            grace=config.shutdown_grace_period,
         )
 
     def _serve_as_child(

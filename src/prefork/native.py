@@ -13,6 +13,7 @@ its own, because it may wait for that body and the loop may not.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import json
 import queue
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from prefork import _core, log
+from prefork import _core, eventloop, log
 from prefork._native import Dispatcher, Request, Response
 from prefork.errors import (
     ClientDisconnected,
@@ -140,6 +141,7 @@ class Desk:
     parse_cookies = staticmethod(parse_cookies)
     parse_json = staticmethod(json.loads)
     scheme = "http"
+    unix_path: str | None = None  # of the unix socket, if it is served alone
 
     def __init__(
         self,
@@ -163,8 +165,9 @@ class Desk:
     def make_dispatcher(self, simple: bool) -> Any:
         return Dispatcher(self.core, self.handler, self, simple)
 
-    def run(self) -> None:
-        """Serve until the loop has drained."""
+    def run(self, start: Callable[[], object]) -> None:
+        """Call start(), which has the loop listen, and serve until it has drained."""
+        start()
         if self.crew_size > 1:
             self.dispatcher.run_crew(self.crew_size, start_thread)
             return
@@ -174,6 +177,9 @@ class Desk:
                 self.take_notices()
             else:
                 self.dispatcher.run()
+
+    def on_drain(self) -> None:
+        """The loop begins to drain, or is told so once more."""
 
     def close(self) -> None:
         """Let go of what is still on its way; after the loop was shut."""
@@ -677,8 +683,8 @@ class BodyStream:
 # ---- Async handlers ----------------------------------------------------------------
 
 
-class AsyncDesk(Desk):
-    """Serves `async def` handlers on the worker's asyncio loop.
+class LoopDesk(Desk):
+    """Serves on the worker's event loop.
 
     The core's poller sits inside it as one fd, timers included: nothing polls, and an
     idle worker sleeps. A handler starts in the same turn as its request arrives (eager
@@ -686,32 +692,46 @@ class AsyncDesk(Desk):
     """
 
     def __init__(
-        self, handler: Any, core: _core.Loop, hooks: Hooks, logger: log.Logger
+        self,
+        handler: Any,
+        core: _core.Loop,
+        hooks: Hooks,
+        logger: log.Logger,
+        factory: eventloop.Factory = asyncio.new_event_loop,
     ) -> None:
-        super().__init__(self.call, core, hooks, logger)
-        self.coroutine = handler
+        super().__init__(handler, core, hooks, logger)
+        self.factory = factory
         self.tasks: set[asyncio.Task[Any]] = set()
         self.scheduled = False
 
-    def run(self) -> None:
-        asyncio.run(self.main())
+    def run(self, start: Callable[[], object]) -> None:
+        eventloop.run(self.main(start), self.factory)
 
-    async def main(self) -> None:
+    async def main(self, start: Callable[[], object]) -> None:
         """The worker's main task: until the loop has drained."""
         self.loop = asyncio.get_running_loop()
+        self.context = contextvars.copy_context()
         self.stopped = self.loop.create_future()
         self.loop.add_reader(self.core.fileno(), self.pump)
-        self.schedule()
         try:
-            await self.stopped
+            await self.live(start)
         finally:
             self.loop.remove_reader(self.core.fileno())
 
+    async def live(self, start: Callable[[], object]) -> None:
+        """What main() does while the core's poller is watched."""
+        start()
+        self.schedule()
+        await self.stopped
+
     def schedule(self) -> None:
-        """Have the core turn soon: something was queued outside of its turn."""
+        """Have the core turn soon: something was queued outside of its turn.
+
+        In a context that is no request's: the next one must not see its variables.
+        """
         if not self.scheduled:
             self.scheduled = True
-            self.loop.call_soon(self.pump)
+            self.loop.call_soon(self.pump, context=self.context)
 
     def pump(self) -> None:
         """One turn of the core, which never sleeps here."""
@@ -729,6 +749,18 @@ class AsyncDesk(Desk):
         self.core.fileno()  # arms the timer
         if self.core.ready:
             self.schedule()
+
+    def failed(self, request: Request, error: Exception | None) -> None:
+        super().failed(request, error)
+        self.schedule()
+
+
+class AsyncDesk(LoopDesk):
+    """Serves `async def` handlers."""
+
+    def __init__(self, handler: Any, *args: Any) -> None:
+        super().__init__(self.call, *args)
+        self.coroutine = handler
 
     def call(self, request: Request) -> Any:
         """Start the handler: its answer if it has one at once, else its task."""
@@ -774,10 +806,6 @@ class AsyncDesk(Desk):
             return request.take_body()
         exchange = request.exchange or Awaited(self, request)
         return b"".join([part async for part in exchange.body_parts()])
-
-    def failed(self, request: Request, error: Exception | None) -> None:
-        super().failed(request, error)
-        self.schedule()
 
 
 STREAMED = object()  # what Awaited.send() returns: the answer is complete
@@ -896,7 +924,12 @@ def wake(waiter: asyncio.Future[None] | None) -> None:
 
 
 def desk_for(
-    handler: Any, core: _core.Loop, hooks: Hooks, logger: log.Logger, threads: int = 1
+    handler: Any,
+    core: _core.Loop,
+    hooks: Hooks,
+    logger: log.Logger,
+    threads: int = 1,
+    loop: str = "auto",
 ) -> Desk:
     """The desk that serves this kind of handler; threads is for plain ones."""
     if not is_async(handler):
@@ -906,7 +939,7 @@ def desk_for(
             f"threads must be 1, not {threads}, for an async handler: it runs on the "
             "event loop"
         )
-    return AsyncDesk(handler, core, hooks, logger)
+    return AsyncDesk(handler, core, hooks, logger, eventloop.factory_of(loop))
 
 
 __all__ = [

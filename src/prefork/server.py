@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from prefork import _core, listeners, log
+from prefork import _core, asgi, eventloop, listeners, log
 from prefork.config import SERVER, Config
 from prefork.errors import ConfigError
 from prefork.forwarded import Trust
@@ -62,6 +62,20 @@ def interface_of(app: Any) -> str:
     return interface
 
 
+def refuse_asgi2(app: Any) -> None:
+    """Raise ConfigError for an app of ASGI 2, whose call returns what is called."""
+    call: Any = app.__call__ if inspect.isclass(app) else app
+    try:
+        names = [name for name in inspect.signature(call).parameters if name != "self"]
+    except (TypeError, ValueError):
+        return
+    if names == (["receive", "send"] if inspect.isclass(app) else ["scope"]):
+        raise ConfigError(
+            f"{app.__qualname__} is an ASGI 2 app, app(scope)(receive, send); wrap it: "
+            "asgiref.compatibility.guarantee_single_callable(app)"
+        )
+
+
 def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
     """What the C loop is told; its names are those of prefork.h."""
     hooks = config.header_received is not None
@@ -89,7 +103,7 @@ def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
         "max_body_size": UNLIMITED if hooks else config.max_request_body_size,
         "server": "" if config.no_default_server_header else config.name,
         "content_type": "" if bare else CONTENT_TYPE,
-        "lend_heads": hooks or (config.stream_request_body and interface == "native"),
+        "lend_heads": hooks or streams_bodies(config, interface),
         "lend_refused": config.error_handler is not None,
         "notices": config.conn_state is not None or config.log_all_errors,
         "no_date": config.no_default_date,
@@ -103,6 +117,13 @@ def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
     }
 
 
+def streams_bodies(config: Config, interface: str) -> bool:
+    """Whether the app is called before the body of its request is here."""
+    if interface == "native":
+        return config.stream_request_body
+    return interface == "asgi"
+
+
 def trust_of(config: Config) -> Trust:
     """Whose word in header fields counts."""
     standard = config.forwarded_header == "forwarded"
@@ -112,9 +133,9 @@ def trust_of(config: Config) -> Trust:
 class Server:
     """An app and the options that it is served with.
 
-    app is a native handler, `def handler(request)` or `async def handler(request)`, or
-    a WSGI app; interface says which, by default by its parameters. The options are
-    those of `prefork.config.Config` but for the workers'; a wrong one raises
+    app is a native handler, `def handler(request)` or `async def handler(request)`, a
+    WSGI or an ASGI app; interface says which, by default by its parameters. The options
+    are those of `prefork.config.Config` but for the workers'; a wrong one raises
     ConfigError. Nothing is opened before it serves.
     """
 
@@ -126,16 +147,20 @@ class Server:
         self.interface = self.config.interface
         if self.interface == "auto":
             self.interface = interface_of(app)
-        if self.interface == "asgi":
+        if self.interface == "asgi" or self.config.interface == "auto":
+            refuse_asgi2(app)
+        if self.interface == "asgi" and self.config.threads > 1:
             raise ConfigError(
-                "interface asgi is not available in this version; write a native "
-                "handler (async def handler(request)), or a WSGI app"
+                f"threads must be 1, not {self.config.threads}, for an ASGI app: it "
+                "runs on the event loop"
             )
+        eventloop.check(self.config.loop)
         self.address: Any = None
         self._desk: Desk | None = None
         self._own: list[listeners.Listener] = []
         self._on_drain: Callable[[], object] | None = None
         self._seat: tuple[_core.Scoreboard, int] | None = None
+        self._grace: float | None = None
         self._draining = self._once = False
         self._lock = threading.Lock()
 
@@ -178,12 +203,16 @@ class Server:
         self._on_drain = on_drain
         self._serve(sockets, on_ready, lifeline, on_master_death, [])
 
-    def take_seat(self, board: _core.Scoreboard, row: int) -> None:
+    def take_seat(
+        self, board: _core.Scoreboard, row: int, grace: float | None = None
+    ) -> None:
         """Count in this row of a scoreboard, and share connections with the others.
 
-        In a worker, before serve().
+        In a worker, before serve(). grace: so many seconds after it was asked to leave
+        it will be killed.
         """
         self._seat = (board, row)
+        self._grace = grace
 
     def shutdown(self) -> None:
         """Drain, then let serve() return. Any thread; may be repeated."""
@@ -205,16 +234,21 @@ class Server:
             core.attach(*self._seat)
         desk = self._open_desk(core)
         self._own, self._draining, self._once = own, False, lifeline is not None
+
+        def start() -> None:
+            for sock in sockets:
+                core.listen(sock.fileno())
+            if on_ready is not None:
+                on_ready()
+
         try:
             self.address = sockets[0].getsockname()
+            if len(sockets) == 1 and isinstance(self.address, str):
+                desk.unix_path = self.address
             with self._signals(desk, own):
-                for sock in sockets:
-                    core.listen(sock.fileno())
                 if lifeline is not None:
                     self._watch_master(desk, lifeline, on_master_death)
-                if on_ready is not None:
-                    on_ready()
-                desk.run()
+                desk.run(start)
         finally:
             with self._lock:
                 self._desk = None
@@ -246,9 +280,19 @@ class Server:
     def _make_desk(self, core: _core.Loop, hooks: Hooks, logger: log.Logger) -> Desk:
         config = self.config
         if self.interface == "native":
-            return desk_for(self.app, core, hooks, logger, config.threads)
+            return desk_for(self.app, core, hooks, logger, config.threads, config.loop)
+        if self.interface == "asgi":
+            return self._make_asgi_desk(core, hooks, logger)
         manners = Manners(config.root_path, config.header_map, self._seat is not None)
         return WsgiDesk(self.app, core, hooks, logger, config.threads, manners)
+
+    def _make_asgi_desk(
+        self, core: _core.Loop, hooks: Hooks, logger: log.Logger
+    ) -> Desk:
+        config = self.config
+        manners = asgi.Manners(config.root_path, config.lifespan, self._grace)
+        factory = eventloop.factory_of(config.loop)
+        return asgi.AsgiDesk(self.app, core, hooks, logger, factory, manners)
 
     def _drain(self, desk: Desk, own: list[listeners.Listener]) -> None:
         """Stop accepting and finish; in the loop's thread.
@@ -264,6 +308,7 @@ class Server:
         for listener in own:
             listener.quiesce()
         desk.core.drain()
+        desk.on_drain()
 
     def _watch_master(
         self, desk: Desk, lifeline: int, on_master_death: Callable[[], object] | None

@@ -38,6 +38,7 @@ from typing import Any, NoReturn, Protocol
 from prefork import _core, log
 from prefork.errors import (
     AppLoadError,
+    AppStartupError,
     ConfigError,
     InheritanceError,
     WorkerBootError,
@@ -92,6 +93,7 @@ class Work:
     serve_func: Callable[[socket.socket], object] | None  # instead of server
     on_master_death: Callable[[], None] | None
     logger: log.Logger
+    grace: float | None = None  # seconds from being asked to leave to being killed
 
 
 @dataclass
@@ -195,7 +197,7 @@ def _serve(task: Task) -> None:
     assert task.work.server is not None
     take_seat = getattr(task.work.server, "take_seat", None)
     if task.board is not None and take_seat is not None:
-        take_seat(task.board, task.row)
+        take_seat(task.board, task.row, task.work.grace)
     task.work.server.serve(
         list(task.sockets),
         on_ready=task.tell_ready,
@@ -581,6 +583,9 @@ def told(
     error: BaseException,
 ) -> tuple[type[BaseException], BaseException, TracebackType | None]:
     """What a traceback is to show: of an app's own fault, only the app's part."""
+    if isinstance(error, AppStartupError):
+        cause = error.__cause__
+        return (type(error), error, None) if cause is None else told(cause)
     if not isinstance(error, AppLoadError) or not error.own or not error.__cause__:
         return type(error), error, error.__traceback__
     cause = error.__cause__

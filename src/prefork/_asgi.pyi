@@ -1,0 +1,26 @@
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from prefork import _dispatch
+
+VERSIONS: dict[str, str]
+
+class Exchange:
+    scope: dict[str, Any]
+    error: Exception | None
+    def next_message(self) -> dict[str, Any] | None: ...
+    def message_coming(self) -> Awaitable[None]: ...
+    def is_full(self) -> bool: ...
+    def room_coming(self) -> Awaitable[None]: ...
+    def on_done(self, task: asyncio.Task[None]) -> None: ...
+
+class Dispatcher(_dispatch.Dispatcher):
+    def configure(
+        self, root_path: str, extensions: tuple[str, ...], state: dict[str, Any]
+    ) -> None: ...
+    def attach(
+        self, loop: asyncio.AbstractEventLoop, unix_path: str | None
+    ) -> None: ...
+
+def template(root_path: str = "") -> dict[str, Any]: ...

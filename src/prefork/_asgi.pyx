@@ -1,0 +1,645 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+"""ASGI 3.0: from a request to scope, a task that calls the app, and an answer.
+
+What an app needs most is done when it asks: receive() and send() are no coroutines but
+return awaitables that are done already, so a task that is started eagerly has mostly
+ended before it is one. Whatever has to wait (a body on its way, an answer that is not
+read, a client that might leave) waits in coroutines of asgi.py.
+
+The head of an answer is held back until its first body, so that both leave together.
+"""
+import asyncio
+import os
+import sys
+from functools import partial
+from urllib.parse import unquote_to_bytes
+
+cimport cython
+from cpython.bytes cimport PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
+from cpython.list cimport PyList_GET_SIZE, PyList_GetSlice
+from cpython.object cimport PyObject
+from cpython.unicode cimport PyUnicode_DecodeLatin1
+from libc.stdint cimport int64_t
+from libc.string cimport memchr, memcmp
+
+from prefork import _core as core
+from prefork.errors import ClientDisconnected
+
+from prefork cimport _dispatch, _native
+from prefork._blocks cimport Blocks
+from prefork._core cimport (
+    PF_ERR_APP_BODY_LONG,
+    PF_ERR_APP_BODY_SHORT,
+    PF_FIELD_OTHER,
+    PF_HEAD_CHUNKED,
+    PF_HEAD_IS_GET,
+    Request,
+    pf_field,
+    pf_head,
+    pf_peer,
+)
+
+
+cdef enum:
+    HIGH_WATER = 65536  # bytes pending above which send() waits for room
+    KNOWN = 4096        # addresses that are remembered as text
+    AF_UNIX = 1
+
+cdef str GET = sys.intern("GET")
+cdef str METHOD = sys.intern("method")
+cdef str PATH = sys.intern("path")
+cdef str RAW_PATH = sys.intern("raw_path")
+cdef str QUERY_STRING = sys.intern("query_string")
+cdef str HTTP_VERSION = sys.intern("http_version")
+cdef str HEADERS = sys.intern("headers")
+cdef str CLIENT = sys.intern("client")
+cdef str SERVER = sys.intern("server")
+cdef str SCHEME = sys.intern("scheme")
+cdef str STATE = sys.intern("state")
+cdef str ASGI = sys.intern("asgi")
+cdef str EXTENSIONS = sys.intern("extensions")
+cdef str TYPE = sys.intern("type")
+cdef str BODY = sys.intern("body")
+cdef str MORE_BODY = sys.intern("more_body")
+cdef str SLASH = sys.intern("/")
+cdef bytes SLASH_BYTES = b"/"
+
+cdef str REQUEST_MESSAGE = sys.intern("http.request")
+cdef str DISCONNECT_MESSAGE = sys.intern("http.disconnect")
+cdef str START_MESSAGE = sys.intern("http.response.start")
+cdef str BODY_MESSAGE = sys.intern("http.response.body")
+
+cdef tuple NAMES = tuple([name.encode() for name in core.FIELD_NAMES_KNOWN])
+
+VERSIONS = {"version": "3.0", "spec_version": "2.5"}
+
+
+def template(root_path=""):
+    """What all scopes have in common, and a place for what they have not."""
+    return {
+        TYPE: "http", ASGI: None, HTTP_VERSION: "1.1", METHOD: GET, SCHEME: "http",
+        PATH: SLASH, RAW_PATH: SLASH_BYTES, QUERY_STRING: b"", "root_path": root_path,
+        HEADERS: None, CLIENT: None, SERVER: None, STATE: None, EXTENSIONS: None,
+    }
+
+
+# ---- Awaitables ----
+
+@cython.freelist(16)
+cdef class Done:
+    """An awaitable that has its result; a coroutine to those who ask for one."""
+
+    cdef object result
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.result is None:
+            raise StopIteration
+        raise StopIteration(self.result)
+
+    def send(self, value):
+        """As a coroutine's; so that it may become a task."""
+        raise StopIteration(self.result)
+
+    def throw(self, kind, value=None, traceback=None):
+        """As a coroutine's: whoever cancels it has it cancelled."""
+        if value is None:
+            value = kind if isinstance(kind, BaseException) else kind()
+        raise value
+
+    def close(self):
+        """As a coroutine's: there is nothing to close."""
+
+
+cdef Done NOTHING = Done()
+
+
+cdef Done done(object result):
+    cdef Done found = Done.__new__(Done)
+    found.result = result
+    return found
+
+
+cdef int wake(list waiters) except -1:
+    """Let all who wait go on."""
+    while waiters:
+        waiter = waiters.pop()
+        if not waiter.done():
+            waiter.set_result(None)
+    return 0
+
+
+# ---- scope ----
+
+cdef bytes lower_name(const char *name, Py_ssize_t size):
+    cdef bytes text = name[:size]
+    return text.lower()
+
+
+cdef bint same_end(const pf_peer *a, const pf_peer *b):
+    return (a.family == b.family and a.port == b.port
+            and memcmp(a.bytes, b.bytes, 16) == 0)
+
+
+cdef class Dispatcher(_dispatch.Dispatcher):
+    """Calls ASGI apps, each in a task of its own, on the event loop of the desk."""
+
+    cdef dict template
+    cdef dict state        # of the lifespan
+    cdef dict extensions
+    cdef str root_path
+    cdef bytes raw_root
+    cdef Blocks blocks     # of header fields, and lists of them
+    cdef dict hosts        # addresses as text, by their bytes
+    cdef pf_peer local     # the end that `server` names
+    cdef object server
+    cdef object unix_server
+    cdef object start      # makes a task out of a coroutine
+    cdef bint eager        # which has begun already
+    cdef bint starting     # a task is being started: the loop turns soon anyway
+
+    def configure(self, str root_path, tuple extensions, dict state):
+        """What scopes are made from; before run()."""
+        self.template = template(root_path)
+        self.root_path = root_path
+        self.raw_root = root_path.encode()
+        self.extensions = dict.fromkeys(extensions)
+        self.state = state
+        self.hosts = {}
+        self.blocks = Blocks()
+
+    def attach(self, loop, unix_path):
+        """Run on this event loop; unix_path: of our unix socket, if there is one."""
+        self.eager = sys.version_info >= (3, 12)
+        if self.eager:
+            self.start = partial(asyncio.Task, loop=loop, eager_start=True)
+        else:
+            self.start = loop.create_task
+        if unix_path is not None:
+            self.unix_server = (unix_path, None)
+
+    cdef Request make(self):
+        return _native.Request.__new__(_native.Request)
+
+    cdef str host_text(self, const pf_peer *peer):
+        """An address as text."""
+        cdef bytes key = peer.bytes[:16]
+        cdef PyObject *found = PyDict_GetItem(self.hosts, key)
+        if found is not NULL:
+            return <str><object>found
+        if len(self.hosts) >= KNOWN:
+            self.hosts.clear()
+        self.hosts[key] = text = core.host_of(key, peer.family)
+        return text
+
+    cdef int set_ends(self, dict scope, Request request) except -1:
+        """client and server."""
+        cdef pf_peer remote, local
+        request.ends(&remote, &local)
+        if remote.family > AF_UNIX:
+            PyDict_SetItem(scope, CLIENT, (self.host_text(&remote), remote.port))
+        if self.server is None or not same_end(&local, &self.local):
+            self.local = local
+            if local.family > AF_UNIX:
+                self.server = (self.host_text(&local), local.port)
+            else:
+                self.server = self.unix_server
+        PyDict_SetItem(scope, SERVER, self.server)
+        return 0
+
+    cdef int set_origin(self, dict scope, Request request) except -1:
+        """What a trusted proxy says of the client."""
+        host, port = request.client
+        scope[CLIENT] = (host, port) if host else None
+        scope[SCHEME] = request.told_scheme() or self.desk.scheme
+        asked = request.host.encode("latin-1")
+        headers = scope[HEADERS]
+        if asked and (b"host", asked) not in headers:
+            rest = [pair for pair in headers if pair[0] != b"host"]
+            scope[HEADERS] = [(b"host", asked), *rest]
+        return 0
+
+    cdef int set_path(self, dict scope, const pf_head *head,
+                      const char *data) except -1:
+        cdef str path = SLASH
+        cdef bytes raw = SLASH_BYTES
+        if head.query.len > 0:
+            PyDict_SetItem(scope, QUERY_STRING,
+                           data[head.query.at:head.query.at + head.query.len])
+        if head.path.len > 1 or (head.path.len == 1 and data[head.path.at] != c"/"):
+            raw = data[head.path.at:head.path.at + head.path.len]
+            if memchr(data + head.path.at, c"%", head.path.len) is NULL:
+                path = raw.decode("utf-8", "replace")
+            else:
+                path = unquote_to_bytes(raw).decode("utf-8", "replace")
+        elif not self.root_path:
+            return 0
+        if self.root_path and not self.is_under_root(path):
+            path, raw = self.root_path + path, self.raw_root + raw
+        PyDict_SetItem(scope, PATH, path)
+        PyDict_SetItem(scope, RAW_PATH, raw)
+        return 0
+
+    cdef bint is_under_root(self, str path):
+        """False: a proxy has taken root_path off, which ASGI wants in the path."""
+        return (path == self.root_path or path.startswith(self.root_path + "/")
+                or path == "*")
+
+    cdef list header_list(self, const pf_head *head, const char *data):
+        """[(name, value)] with names in lower case."""
+        cdef list pairs
+        cdef const pf_field *field
+        found = self.blocks.find(head, data)
+        if found is not None:
+            return PyList_GetSlice(<list>found, 0, PyList_GET_SIZE(<list>found))
+        pairs = []
+        for i in range(head.nfields):
+            field = &head.fields[i]
+            if field.id != PF_FIELD_OTHER:
+                name = NAMES[field.id]
+            else:
+                name = lower_name(data + field.name_at, field.name_len)
+            value = data[field.value_at:field.value_at + field.value_len]
+            pairs.append((name, value))
+        if self.blocks.again is not NULL:
+            self.blocks.keep(head, data, pairs[:])
+        return pairs
+
+    cdef dict scope(self, Request request):
+        """The scope of a request on loan."""
+        cdef const pf_head *head = request.head
+        cdef const char *data = request.bytes()
+        cdef dict scope = PyDict_Copy(self.template)
+        PyDict_SetItem(scope, ASGI, PyDict_Copy(VERSIONS))
+        PyDict_SetItem(scope, EXTENSIONS, self.fresh_extensions())
+        PyDict_SetItem(scope, STATE, PyDict_Copy(self.state))
+        PyDict_SetItem(scope, HEADERS, self.header_list(head, data))
+        if not head.flags & PF_HEAD_IS_GET:
+            PyDict_SetItem(scope, METHOD, PyUnicode_DecodeLatin1(
+                data + head.method.at, head.method.len, NULL))
+        if head.minor == 0:
+            PyDict_SetItem(scope, HTTP_VERSION, "1.0")
+        self.set_path(scope, head, data)
+        self.set_ends(scope, request)
+        if request.is_forwarded():
+            self.set_origin(scope, request)
+        return scope
+
+    cdef dict fresh_extensions(self):
+        cdef dict found = PyDict_Copy(self.extensions)
+        for name in self.extensions:
+            PyDict_SetItem(found, name, {})
+        return found
+
+    # ---- The call ----
+
+    cdef int perform(self, Request request) except -1:
+        """Start the app's task; mostly it has ended then."""
+        cdef Exchange exchange = Exchange.__new__(Exchange)
+        exchange.request = request
+        exchange.dispatcher = self
+        exchange.readers, exchange.writers = [], []
+        self.starting = True
+        try:
+            scope = exchange.scope = self.scope(request)
+            task = self.start(self.handler(scope, exchange.receive, exchange.send))
+        except BaseException as error:
+            self.check_fork(error)
+            self.starting = False
+            exchange.fail(error)
+            if not isinstance(error, Exception):
+                raise
+            return 0
+        self.starting = False
+        self.check_fork(None)
+        if self.eager and task.done():
+            exchange.settle(task)
+        else:
+            self.desk.follow(task, exchange)
+            if request.loan is not NULL:
+                request.attach(exchange)
+        self.loop.touch()
+        return 0
+
+
+# ---- The exchange ----
+
+cdef enum:  # what the app has sent
+    WAITING    # nothing
+    STARTED    # the head, which is held back
+    STREAMING  # the head and some of the body
+    COMPLETE   # all
+
+
+@cython.freelist(64)
+cdef class Exchange:
+    """receive() and send() of one request; all of it runs in the event loop's thread.
+
+    The loan ends with the answer, or when the client leaves: then the app goes on, and
+    is told so whenever it asks.
+    """
+
+    cdef Request request
+    cdef Dispatcher dispatcher
+    cdef readonly dict scope
+    cdef int stage
+    cdef object status
+    cdef object fields
+    cdef bint received       # the app has the whole body
+    cdef bint ended          # the client has closed its side
+    cdef readonly object error  # why nothing more can be sent
+    cdef list readers        # futures of those who wait for a message
+    cdef list writers        # and for room
+
+    # -- receiving --
+
+    @cython.binding(False)
+    def receive(self):
+        """The next message of the client."""
+        cdef dict message = self.next_message()
+        if message is None:
+            return self.dispatcher.desk.receive(self)
+        return done(message)
+
+    cpdef dict next_message(self):
+        """A message, if there is one by now."""
+        cdef Request request = self.request
+        cdef const pf_head *head
+        if request.loan is NULL or self.ended:
+            return {TYPE: DISCONNECT_MESSAGE}
+        if self.received:
+            return None
+        head = request.head
+        if not head.flags & PF_HEAD_CHUNKED and head.content_length == 0:
+            self.received = True
+            return {TYPE: REQUEST_MESSAGE, BODY: b"", MORE_BODY: False}
+        whole = request.is_whole()
+        part = request.take_body()
+        if not part and not whole:
+            return None
+        self.received = whole
+        return {TYPE: REQUEST_MESSAGE, BODY: part, MORE_BODY: not whole}
+
+    def message_coming(self):
+        """A future that is done when next_message() is worth a look."""
+        waiter = self.dispatcher.desk.loop.create_future()
+        try:
+            if self.received:
+                self.request.want_end()
+            else:
+                self.request.want_body(False)
+        except ClientDisconnected:
+            self.ended = True
+            return NOTHING
+        self.readers = [other for other in self.readers if not other.done()]
+        self.readers.append(waiter)
+        self.dispatcher.desk.schedule()
+        return waiter
+
+    # -- sending --
+
+    @cython.binding(False)
+    def send(self, message):
+        """Send a message; RuntimeError if it is not its turn, OSError if nobody is
+        there any more."""
+        kind = message["type"]
+        if self.stage == COMPLETE:
+            raise RuntimeError(f"{kind} was sent after the answer was complete")
+        if self.request.loan is NULL:
+            raise ClientDisconnected(str(self.error))
+        if kind == BODY_MESSAGE:
+            return self.send_body(message)
+        if kind == START_MESSAGE:
+            self.send_start(message)
+        elif kind == "http.response.pathsend":
+            self.send_path(message)
+        elif kind == "http.response.zerocopysend":
+            return self.send_file(message)
+        elif kind == "http.response.early_hint":
+            self.send_hint(message)
+        else:
+            raise RuntimeError(f"{kind!r} is no message that an answer is made of")
+        return NOTHING
+
+    cdef int send_start(self, message) except -1:
+        if self.stage != WAITING:
+            raise RuntimeError("http.response.start was sent twice")
+        status = message["status"]
+        if not isinstance(status, int):
+            raise TypeError(f"status must be an int, not {status!r}")
+        self.status = status
+        self.fields = message.get("headers", ())
+        self.stage = STARTED
+        return 0
+
+    cdef object send_body(self, message):
+        body = message.get(BODY, b"")
+        more = message.get(MORE_BODY, False)
+        if type(body) is not bytes:
+            body = bytes_of(body)
+        if self.stage == WAITING:
+            raise RuntimeError("http.response.body was sent before http.response.start")
+        if self.stage == STARTED:
+            self.begin()
+            if not more:
+                self.complete_whole(body)
+                return NOTHING
+        self.request.put(body)
+        return self.sent(more)
+
+    cdef object sent(self, bint more):
+        """Part of the body is written: have it leave, and wait if it is too much."""
+        if not more:
+            self.complete()
+        elif self.is_full():
+            return self.dispatcher.desk.drain(self)
+        elif not self.dispatcher.starting:
+            self.dispatcher.desk.schedule()
+        return NOTHING
+
+    cdef int begin(self) except -1:
+        """Write the head that was held back."""
+        cdef Request request = self.request
+        self.stage = WAITING
+        request.begin(self.status, ())
+        try:
+            for name, value in self.fields:
+                if type(name) is not bytes or type(value) is not bytes:
+                    name, value = bytes_of(name), bytes_of(value)
+                request.plain_field(<bytes>name, <bytes>value)
+        except BaseException:
+            request.reset()
+            raise
+        self.fields = None
+        self.stage = STREAMING
+        return 0
+
+    cdef int complete_whole(self, bytes body) except -1:
+        """All of the body at once: its length is known."""
+        cdef Request request = self.request
+        cdef int64_t size = PyBytes_GET_SIZE(body)
+        cdef int64_t announced = request.announced()
+        if announced < 0:
+            if size > 0 or not request.asks_for_head():
+                request.set_length(size)
+        elif announced != size and not self.is_bodiless():
+            self.stage = WAITING
+            request.reset()
+            raise core.error(PF_ERR_APP_BODY_SHORT if size < announced
+                             else PF_ERR_APP_BODY_LONG)
+        request.put(body)
+        return self.complete()
+
+    cdef bint is_bodiless(self) except -1:
+        """Whether all of the answer is its head."""
+        return self.status in (204, 304) or self.request.asks_for_head()
+
+    cdef int complete(self) except -1:
+        self.stage = COMPLETE
+        self.request.conclude()
+        wake(self.readers)
+        if not self.dispatcher.starting:
+            self.dispatcher.desk.schedule()
+        return 0
+
+    cdef int send_path(self, message) except -1:
+        """A file as the whole body; the kernel takes it from its cache."""
+        if self.stage != STARTED:
+            raise RuntimeError("http.response.pathsend must follow http.response.start")
+        file = open(message["path"], "rb", buffering=0)
+        size = os.fstat(file.fileno()).st_size
+        self.begin()
+        if self.request.announced() < 0:
+            self.request.set_length(size)
+        self.request.write_file(file, 0, size)
+        return self.complete()
+
+    cdef object send_file(self, message):
+        """Some of an open file, which stays the app's."""
+        if self.stage == WAITING:
+            raise RuntimeError(
+                "http.response.zerocopysend was sent before http.response.start")
+        file = Duplicate(message["file"].fileno())
+        offset, count = message.get("offset"), message.get("count")
+        moves = offset is None
+        if moves:
+            offset = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+        if count is None:
+            count = max(0, os.fstat(file.fileno()).st_size - offset)
+        more = message.get(MORE_BODY, False)
+        if self.stage == STARTED:
+            self.begin()
+            if not more and self.request.announced() < 0:
+                self.request.set_length(count)
+        self.request.write_file(file, offset, count)
+        if moves:
+            os.lseek(file.fileno(), offset + count, os.SEEK_SET)
+        return self.sent(more)
+
+    cdef int send_hint(self, message) except -1:
+        """103 Early Hints, at once."""
+        if self.stage != WAITING:
+            raise RuntimeError(
+                "http.response.early_hint was sent after http.response.start")
+        links = [(b"Link", bytes_of(link)) for link in message["links"]]
+        core.Request.inform(self.request, 103, links)
+        return 0
+
+    cpdef bint is_full(self):
+        """Whether more is pending than should be."""
+        return self.request.unsent() >= HIGH_WATER
+
+    def room_coming(self):
+        """A future that is done when is_full() is worth a look."""
+        waiter = self.dispatcher.desk.loop.create_future()
+        self.request.want_room()
+        self.writers.append(waiter)
+        self.dispatcher.desk.schedule()
+        return waiter
+
+    # -- events of the loan --
+
+    def on_body(self):
+        wake(self.readers)
+
+    def on_writable(self):
+        wake(self.writers)
+
+    def on_ended(self):
+        """It has closed its side. It may still read, so the answer goes on."""
+        self.ended = True
+        wake(self.readers)
+
+    def on_closed(self, code):
+        """The client has left, or its body is broken or late."""
+        self.error = core.error(code)
+        if core.error_status(code) and not self.request.begun:
+            self.request.refuse(code)
+        else:
+            self.request.abort()
+        wake(self.readers)
+        wake(self.writers)
+
+    # -- the end --
+
+    def on_done(self, task):
+        """The app's task has ended, later than its start."""
+        self.dispatcher.desk.unfollow(task)
+        self.settle(task)
+
+    cdef int settle(self, task) except -1:
+        """The app has returned or raised."""
+        try:
+            task.result()
+            if self.request.loan is not NULL:
+                self.fail(RuntimeError(self.missing()))
+        except asyncio.CancelledError:
+            self.fail(None if self.dispatcher.desk.stopping
+                      else RuntimeError("the app's task was cancelled"))
+        except Exception as error:
+            self.fail(error)
+        except BaseException:  # it has ended the event loop already
+            self.fail(None)
+        self.scope = None
+        return 0
+
+    cdef str missing(self):
+        if self.stage == WAITING:
+            return "the app returned without an answer"
+        if self.stage == STARTED:
+            return "the app returned after http.response.start, without a body"
+        return "the app returned before the last http.response.body"
+
+    cdef int fail(self, error) except -1:
+        """End the loan: 500 if nothing is sent yet, else the answer stays truncated."""
+        self.stage = COMPLETE
+        self.dispatcher.desk.fail(self, self.request, error)
+        wake(self.readers)
+        wake(self.writers)
+        return 0
+
+
+cdef bytes bytes_of(object data):
+    """What stands for bytes, as bytes."""
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return bytes(data)
+    raise TypeError(f"bodies and header fields are bytes, not {data!r}")
+
+
+class Duplicate:
+    """A descriptor of our own for a file that is being sent: the app may close its."""
+
+    def __init__(self, fd):
+        self.fd = os.dup(fd)
+
+    def fileno(self):
+        return self.fd
+
+    def __del__(self):
+        os.close(self.fd)
