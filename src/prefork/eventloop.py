@@ -43,15 +43,26 @@ def run(main: Coroutine[Any, Any, None], factory: Factory) -> None:
     if sys.version_info >= (3, 11):
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(main)
-        return
+    else:
+        _run(main, factory())
 
-    class Policy(asyncio.DefaultEventLoopPolicy):  # type: ignore[unreachable,unused-ignore]
-        def new_event_loop(self) -> asyncio.AbstractEventLoop:
-            return factory()
 
-    before = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(Policy())
+def _run(main: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+    """What Python 3.10 does in asyncio.run(), which takes no factory."""
+    asyncio.set_event_loop(loop)
     try:
-        asyncio.run(main)
+        loop.run_until_complete(main)
     finally:
-        asyncio.set_event_loop_policy(before)
+        try:
+            loop.run_until_complete(_cancel_all(asyncio.all_tasks(loop)))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+
+async def _cancel_all(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
