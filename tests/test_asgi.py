@@ -198,7 +198,6 @@ def test_what_an_app_does_to_its_scope_does_not_reach_the_next_one(asgi):
         seen.append({k: repr(v) for k, v in scope.items()})
         scope["headers"].append((b"x", b"y"))
         scope["asgi"]["version"] = scope["new"] = "4"
-        scope["extensions"]["http.response.pathsend"]["x"] = 1
         scope["extensions"]["more"] = {}
         scope["state"]["x"] = 1
         await answer(send)
@@ -825,6 +824,16 @@ def test_a_path_is_sent_as_the_whole_body(asgi, file):
         assert (found["content-length"], found["x"]) == ("300000", "y")
         assert found.body == file.read_bytes()
     assert client.ask(get(method="HEAD"))["content-length"] == "300000"
+
+
+def test_a_path_whose_length_the_app_gets_wrong_is_a_500(asgi, file):
+    async def app(scope, receive, send):
+        await send(start(200, (b"content-length", b"300001")))
+        await send({"type": "http.response.pathsend", "path": str(file)})
+
+    live = asgi(app)
+    assert live.ask().status == 500
+    assert "ProtocolError" in logged(live)
 
 
 def test_a_path_that_is_not_there_is_the_apps_to_answer(asgi):

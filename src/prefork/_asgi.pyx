@@ -11,14 +11,13 @@ The head of an answer is held back until its first body, so that both leave toge
 import asyncio
 import os
 import sys
-from functools import partial
 from urllib.parse import unquote_to_bytes
 
 cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
 from cpython.list cimport PyList_GET_SIZE, PyList_GetSlice
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyObject_Call
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport int64_t
 from libc.string cimport memchr, memcmp
@@ -39,6 +38,10 @@ from prefork._core cimport (
     pf_head,
     pf_peer,
 )
+
+
+cdef extern from "Python.h":
+    void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
 
 
 cdef enum:
@@ -99,9 +102,9 @@ cdef class Done:
         return self
 
     def __next__(self):
-        if self.result is None:
-            raise StopIteration
-        raise StopIteration(self.result)
+        if self.result is not None:
+            PyErr_SetObject(StopIteration, self.result)
+        raise StopIteration  # to Cython it means no more than to return NULL
 
     def send(self, value):
         """As a coroutine's; so that it may become a task."""
@@ -128,11 +131,20 @@ cdef Done done(object result):
 
 cdef int wake(list waiters) except -1:
     """Let all who wait go on."""
-    while waiters:
-        waiter = waiters.pop()
+    if waiters is None:
+        return 0
+    for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)
+    waiters.clear()
     return 0
+
+
+cdef list joined(list waiters, waiter):
+    """One more who waits; who has given up is left out."""
+    cdef list found = [] if waiters is None else [w for w in waiters if not w.done()]
+    found.append(waiter)
+    return found
 
 
 # ---- scope ----
@@ -142,9 +154,12 @@ cdef bytes lower_name(const char *name, Py_ssize_t size):
     return text.lower()
 
 
+cdef bint same_host(const pf_peer *a, const pf_peer *b):
+    return a.family == b.family and memcmp(a.bytes, b.bytes, 16) == 0
+
+
 cdef bint same_end(const pf_peer *a, const pf_peer *b):
-    return (a.family == b.family and a.port == b.port
-            and memcmp(a.bytes, b.bytes, 16) == 0)
+    return a.port == b.port and same_host(a, b)
 
 
 cdef class Dispatcher(_dispatch.Dispatcher):
@@ -157,11 +172,14 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef bytes raw_root
     cdef Blocks blocks     # of header fields, and lists of them
     cdef dict hosts        # addresses as text, by their bytes
+    cdef pf_peer remote    # the end that came last, which is likely to come again
+    cdef str remote_text
     cdef pf_peer local     # the end that `server` names
     cdef object server
     cdef object unix_server
-    cdef object start      # makes a task out of a coroutine
-    cdef bint eager        # which has begun already
+    cdef object make_task
+    cdef dict how          # its keywords
+    cdef bint eager        # a task has begun when it is made
     cdef bint starting     # a task is being started: the loop turns soon anyway
 
     def configure(self, str root_path, tuple extensions, dict state):
@@ -169,7 +187,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.template = template(root_path)
         self.root_path = root_path
         self.raw_root = root_path.encode()
-        self.extensions = dict.fromkeys(extensions)
+        self.extensions = {name: {} for name in extensions}
         self.state = state
         self.hosts = {}
         self.blocks = Blocks()
@@ -177,10 +195,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     def attach(self, loop, unix_path):
         """Run on this event loop; unix_path: of our unix socket, if there is one."""
         self.eager = sys.version_info >= (3, 12)
-        if self.eager:
-            self.start = partial(asyncio.Task, loop=loop, eager_start=True)
-        else:
-            self.start = loop.create_task
+        self.make_task = asyncio.Task
+        self.how = {"loop": loop, "eager_start": True} if self.eager else {"loop": loop}
         if unix_path is not None:
             self.unix_server = (unix_path, None)
 
@@ -203,7 +219,9 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef pf_peer remote, local
         request.ends(&remote, &local)
         if remote.family > AF_UNIX:
-            PyDict_SetItem(scope, CLIENT, (self.host_text(&remote), remote.port))
+            if not same_host(&remote, &self.remote):
+                self.remote, self.remote_text = remote, self.host_text(&remote)
+            PyDict_SetItem(scope, CLIENT, (self.remote_text, remote.port))
         if self.server is None or not same_end(&local, &self.local):
             self.local = local
             if local.family > AF_UNIX:
@@ -277,7 +295,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef const char *data = request.bytes()
         cdef dict scope = PyDict_Copy(self.template)
         PyDict_SetItem(scope, ASGI, PyDict_Copy(VERSIONS))
-        PyDict_SetItem(scope, EXTENSIONS, self.fresh_extensions())
+        PyDict_SetItem(scope, EXTENSIONS, PyDict_Copy(self.extensions))
         PyDict_SetItem(scope, STATE, PyDict_Copy(self.state))
         PyDict_SetItem(scope, HEADERS, self.header_list(head, data))
         if not head.flags & PF_HEAD_IS_GET:
@@ -291,12 +309,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             self.set_origin(scope, request)
         return scope
 
-    cdef dict fresh_extensions(self):
-        cdef dict found = PyDict_Copy(self.extensions)
-        for name in self.extensions:
-            PyDict_SetItem(found, name, {})
-        return found
-
     # ---- The call ----
 
     cdef int perform(self, Request request) except -1:
@@ -304,11 +316,11 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef Exchange exchange = Exchange.__new__(Exchange)
         exchange.request = request
         exchange.dispatcher = self
-        exchange.readers, exchange.writers = [], []
         self.starting = True
         try:
             scope = exchange.scope = self.scope(request)
-            task = self.start(self.handler(scope, exchange.receive, exchange.send))
+            coroutine = self.handler(scope, exchange.receive, exchange.send)
+            task = PyObject_Call(self.make_task, (coroutine,), self.how)
         except BaseException as error:
             self.check_fork(error)
             self.starting = False
@@ -397,8 +409,7 @@ cdef class Exchange:
         except ClientDisconnected:
             self.ended = True
             return NOTHING
-        self.readers = [other for other in self.readers if not other.done()]
-        self.readers.append(waiter)
+        self.readers = joined(self.readers, waiter)
         self.dispatcher.desk.schedule()
         return waiter
 
@@ -439,8 +450,18 @@ cdef class Exchange:
         return 0
 
     cdef object send_body(self, message):
-        body = message.get(BODY, b"")
-        more = message.get(MORE_BODY, False)
+        cdef PyObject *found
+        cdef object body = b""
+        cdef bint more = False
+        if type(message) is dict:
+            found = PyDict_GetItem(message, BODY)
+            if found is not NULL:
+                body = <object>found
+            found = PyDict_GetItem(message, MORE_BODY)
+            if found is not NULL:
+                more = <object>found
+        else:
+            body, more = message.get(BODY, b""), message.get(MORE_BODY, False)
         if type(body) is not bytes:
             body = bytes_of(body)
         if self.stage == WAITING:
@@ -467,7 +488,7 @@ cdef class Exchange:
         """Write the head that was held back."""
         cdef Request request = self.request
         self.stage = WAITING
-        request.begin(self.status, ())
+        request.start(self.status, None, [])
         try:
             for name, value in self.fields:
                 if type(name) is not bytes or type(value) is not bytes:
@@ -482,19 +503,23 @@ cdef class Exchange:
 
     cdef int complete_whole(self, bytes body) except -1:
         """All of the body at once: its length is known."""
-        cdef Request request = self.request
         cdef int64_t size = PyBytes_GET_SIZE(body)
-        cdef int64_t announced = request.announced()
+        if size > 0 or not self.request.asks_for_head():
+            self.tell_length(size)
+        self.request.put(body)
+        return self.complete()
+
+    cdef int tell_length(self, int64_t size) except -1:
+        """The length of a body that is sent whole; the app may have told it, too."""
+        cdef int64_t announced = self.request.announced()
         if announced < 0:
-            if size > 0 or not request.asks_for_head():
-                request.set_length(size)
-        elif announced != size and not self.is_bodiless():
+            return self.request.tell_length(size)
+        if announced != size and not self.is_bodiless():
             self.stage = WAITING
-            request.reset()
+            self.request.reset()
             raise core.error(PF_ERR_APP_BODY_SHORT if size < announced
                              else PF_ERR_APP_BODY_LONG)
-        request.put(body)
-        return self.complete()
+        return 0
 
     cdef bint is_bodiless(self) except -1:
         """Whether all of the answer is its head."""
@@ -515,8 +540,7 @@ cdef class Exchange:
         file = open(message["path"], "rb", buffering=0)
         size = os.fstat(file.fileno()).st_size
         self.begin()
-        if self.request.announced() < 0:
-            self.request.set_length(size)
+        self.tell_length(size)
         self.request.write_file(file, 0, size)
         return self.complete()
 
@@ -535,8 +559,8 @@ cdef class Exchange:
         more = message.get(MORE_BODY, False)
         if self.stage == STARTED:
             self.begin()
-            if not more and self.request.announced() < 0:
-                self.request.set_length(count)
+            if not more:
+                self.tell_length(count)
         self.request.write_file(file, offset, count)
         if moves:
             os.lseek(file.fileno(), offset + count, os.SEEK_SET)
@@ -559,7 +583,7 @@ cdef class Exchange:
         """A future that is done when is_full() is worth a look."""
         waiter = self.dispatcher.desk.loop.create_future()
         self.request.want_room()
-        self.writers.append(waiter)
+        self.writers = joined(self.writers, waiter)
         self.dispatcher.desk.schedule()
         return waiter
 
@@ -590,6 +614,7 @@ cdef class Exchange:
 
     def on_done(self, task):
         """The app's task has ended, later than its start."""
+        self.dispatcher.check_fork(None if task.cancelled() else task.exception())
         self.dispatcher.desk.unfollow(task)
         self.settle(task)
 

@@ -391,6 +391,7 @@ cdef class Request:
     cdef bint answer(self, int status, bytes content_type, bytes body) except -1
     cdef bint reply(self, int status, list pairs, bytes body) except -1
     cdef int start(self, int status, bytes reason, list fields) except -1
+    cdef int tell_length(self, uint64_t length) except -1
     cdef int plain_field(self, bytes name, bytes value) except -1
     cdef int put(self, bytes data) except -1
     cdef int whole(self, bytes data) except -1

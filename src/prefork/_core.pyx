@@ -1141,7 +1141,11 @@ cdef class Request:
 
     def set_length(self, uint64_t length):
         """The body's length, unless a field has said it; before the first write."""
-        check(pf_request_set_length(self.lent(), length))
+        self.tell_length(length)
+
+    cdef int tell_length(self, uint64_t length) except -1:
+        """set_length() for other modules."""
+        return check(pf_request_set_length(self.lent(), length))
 
     cdef int64_t announced(self):
         """The length of the body, as fields have said it; -1: unknown."""

@@ -923,6 +923,41 @@ room_is_told_when_little_is_pending(void)
 }
 
 static void
+the_end_is_told_to_who_wants_to_know_and_the_answer_still_goes_out(void)
+{
+    open_server(0);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    assert(pf_request_want_end(r) == 0);
+    quiet(0);
+    assert(shutdown(peer, SHUT_WR) == 0);
+    expect_event(PF_EVENT_ENDED, r);
+    assert(pf_request_want_end(r) == 0); /* it is there already */
+    expect_event(PF_EVENT_ENDED, r);
+    assert(!pf_request_closed(r));
+    answer(r, "x");
+    hear_answer(peer);
+    hear_end(peer);
+    close(peer);
+    close_server();
+}
+
+static void
+the_end_is_not_told_of_a_loan_that_is_over(void)
+{
+    open_server(0);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    assert(pf_request_want_end(r) == 0);
+    answer(r, "x");
+    hear_answer(peer);
+    assert(shutdown(peer, SHUT_WR) == 0);
+    hear_end(peer);
+    close(peer);
+    close_server();
+}
+
+static void
 a_head_begun_behind_a_slow_answer_stays_whole(void)
 {
     int small = 4096;
@@ -1898,6 +1933,8 @@ main(void)
     a_reset_during_a_loan_releases_and_is_told();
     an_abort_sends_what_is_queued_and_releases_it();
     room_is_told_when_little_is_pending();
+    the_end_is_told_to_who_wants_to_know_and_the_answer_still_goes_out();
+    the_end_is_not_told_of_a_loan_that_is_over();
     a_head_begun_behind_a_slow_answer_stays_whole();
     a_long_stream_keeps_little_in_memory();
 
