@@ -155,6 +155,8 @@ static int
 stand_by(pf_crew *crew, sleeper *self)
 {
     int quiet = 0;
+    if (crew->closed)
+        return PF_CREW_CLOSED; /* and joins nobody, who could look for it later */
     if (crew->watcher == NULL)
         crew->watcher = self;
     else

@@ -170,6 +170,23 @@ the_watch_is_handed_on(void)
     with_threads(stall_again_and_again, THREADS);
 }
 
+static void
+come_late(void)
+{
+    pause_ms(2); /* there is a watcher by now */
+    pf_crew_close(crew);
+    assert(pf_crew_wait(crew) == PF_CREW_CLOSED);
+    await(&ended, 1);
+    assert(!pf_crew_call(crew));
+}
+
+static void
+who_comes_after_the_close_is_nobody_s_successor(void)
+{
+    for (int i = 0; i < 100; i++)
+        with_threads(come_late, 1);
+}
+
 int
 main(void)
 {
@@ -180,5 +197,6 @@ main(void)
     nobody_stands_by_and_nobody_can_be_called();
     a_tick_has_bounds();
     the_watch_is_handed_on();
+    who_comes_after_the_close_is_nobody_s_successor();
     return 0;
 }
