@@ -321,7 +321,7 @@ def _wait_until_ready(
     """Until it has answered once; its own exit ends the wait at once."""
     wait = 0.002
     waited = 0.0
-    while not _answers(port):
+    while not answers(port):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait)
         waited += wait
@@ -331,7 +331,7 @@ def _wait_until_ready(
             raise ServerError(f"did not start: {errors.read().strip()[-400:]}")
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
             sock.sendall(PROBE)

@@ -40,7 +40,7 @@ def server(python: Path) -> Iterator[tuple[int, list[int]]]:
     command += ["--bind", f"127.0.0.1:{port}", "--log-level=error"]
     process = subprocess.Popen([*command, "--app-dir", str(HERE)])
     try:
-        while not servers._answers(port):
+        while not servers.answers(port):
             time.sleep(0.05)
         yield port, cpu.tree(process.pid)
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 from prefork import _core, log
 from prefork._native import Request
 from prefork._wsgi import Dispatcher, template
-from prefork.native import Desk, Gathering, Hooks
+from prefork.native import Desk, Hooks
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ class WsgiDesk(Desk):
         self.serve(request)
 
 
-__all__ = ["Gathering", "Manners", "WsgiDesk"]
+__all__ = ["Manners", "WsgiDesk"]
