@@ -238,3 +238,33 @@ def test_haproxy_writes_fields_that_are_believed(serve, tmp_path):
         with Client(address) as client:
             said = get("/", "X-Forwarded-For: 6.6.6.6", "X-Forwarded-Proto: ftp")
             assert client.ask(said).body == b"6.6.6.6 https a"
+
+
+# ---- What apps are told --------------------------------------------------------------
+
+
+def wsgi(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [environ["REMOTE_ADDR"].encode()]
+
+
+async def asgi(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body", "body": scope["client"][0].encode()})
+
+
+@pytest.mark.parametrize("app", [wsgi, asgi])
+def test_addresses_of_both_families_are_told_apart_where_their_bytes_are_alike(
+    serve, app
+):
+    live = serve(app, proxy_protocol="v1", lifespan="off")
+    told = {}
+    for family, host in [
+        ("TCP4", "192.0.2.9"),
+        ("TCP4", "1.2.3.4"),
+        ("TCP6", "102:304::"),
+    ]:
+        client = live.client()
+        client.send(f"PROXY {family} {host} {host} 1 2\r\n".encode() + GET)
+        told[host] = client.answer().body.decode()
+    assert told == {host: host for host in told}

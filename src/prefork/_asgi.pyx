@@ -20,7 +20,7 @@ from cpython.list cimport PyList_GET_SIZE, PyList_GetSlice
 from cpython.object cimport PyObject, PyObject_Call
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport int64_t
-from libc.string cimport memchr, memcmp
+from libc.string cimport memchr
 
 from prefork import _core as core
 from prefork.errors import ClientDisconnected
@@ -38,6 +38,7 @@ from prefork._core cimport (
     pf_head,
     pf_peer,
 )
+from prefork._dispatch cimport same_host
 
 
 cdef extern from "Python.h":
@@ -46,7 +47,6 @@ cdef extern from "Python.h":
 
 cdef enum:
     HIGH_WATER = 65536  # bytes pending above which send() waits for room
-    KNOWN = 4096        # addresses that are remembered as text
     AF_UNIX = 1
 
 cdef str GET = sys.intern("GET")
@@ -154,10 +154,6 @@ cdef bytes lower_name(const char *name, Py_ssize_t size):
     return text.lower()
 
 
-cdef bint same_host(const pf_peer *a, const pf_peer *b):
-    return a.family == b.family and memcmp(a.bytes, b.bytes, 16) == 0
-
-
 cdef bint same_end(const pf_peer *a, const pf_peer *b):
     return a.port == b.port and same_host(a, b)
 
@@ -171,7 +167,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef str root_path
     cdef bytes raw_root
     cdef Blocks blocks     # of header fields, and lists of them
-    cdef dict hosts        # addresses as text, by their bytes
     cdef pf_peer remote    # the end that came last, which is likely to come again
     cdef str remote_text
     cdef pf_peer local     # the end that `server` names
@@ -189,7 +184,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.raw_root = root_path.encode()
         self.extensions = {name: {} for name in extensions}
         self.state = state
-        self.hosts = {}
         self.blocks = Blocks()
 
     def attach(self, loop, unix_path):
@@ -202,17 +196,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
     cdef Request make(self):
         return _native.Request.__new__(_native.Request)
-
-    cdef str host_text(self, const pf_peer *peer):
-        """An address as text."""
-        cdef bytes key = peer.bytes[:16]
-        cdef PyObject *found = PyDict_GetItem(self.hosts, key)
-        if found is not NULL:
-            return <str><object>found
-        if len(self.hosts) >= KNOWN:
-            self.hosts.clear()
-        self.hosts[key] = text = core.host_of(key, peer.family)
-        return text
 
     cdef int set_ends(self, dict scope, Request request) except -1:
         """client and server."""

@@ -322,6 +322,8 @@ cdef extern from "prefork.h" nogil:
 
 cdef int check(int rc) except -1
 cdef bytes latin(object text)
+cdef bytes packed(const pf_peer *peer)
+cdef str host_of(const pf_peer *peer)
 
 cdef class Processes:
     cdef pf_processes *handle

@@ -723,18 +723,20 @@ FIELD_NAMES = [intern(name) for name in FIELD_NAMES]
 FIELD_NAMES_KNOWN = tuple(FIELD_NAMES)  # by the number that pf_field.id has
 
 
-def host_of(bytes address, int family):
-    """An address of 16 bytes, an IPv4 one in the first four, as text."""
-    return inet_ntop(AF_INET, address[:4]) if family == AF_INET else inet_ntop(
-        AF_INET6, address)
+cdef bytes packed(const pf_peer *peer):
+    """The bytes of an IP address: 4, or 16, which tells its family."""
+    return peer.bytes[:4] if peer.family == AF_INET else peer.bytes[:16]
+
+
+cdef str host_of(const pf_peer *peer):
+    """An IP address as text."""
+    return inet_ntop(peer.family, packed(peer))
 
 
 cdef object peer_name(const pf_peer *peer):
     """(host, port) of an address; ("", 0) for a unix socket."""
-    if peer.family == AF_INET:
-        return inet_ntop(AF_INET, peer.bytes[:4]), peer.port
-    if peer.family == AF_INET6:
-        return inet_ntop(AF_INET6, peer.bytes[:16]), peer.port
+    if peer.family == AF_INET or peer.family == AF_INET6:
+        return host_of(peer), peer.port
     return "", 0
 
 

@@ -1,7 +1,14 @@
 # cython: language_level=3
 """From the loop's events to handlers. The theory stands in _dispatch.pyx."""
+from libc.string cimport memcmp
+
 from prefork cimport _core
-from prefork._core cimport Crew, Loop, Request, pf_event, pf_request
+from prefork._core cimport Crew, Loop, Request, pf_event, pf_peer, pf_request
+
+
+cdef inline bint same_host(const pf_peer *a, const pf_peer *b) noexcept:
+    """Whether two ends have one address, whatever their ports."""
+    return a.family == b.family and memcmp(a.bytes, b.bytes, 16) == 0
 
 
 cdef class Held:
@@ -17,6 +24,7 @@ cdef class Dispatcher:
     cdef readonly bint drained
     cdef int at         # the next event of the batch at hand
     cdef int count      # of its events
+    cdef dict hosts     # addresses as text, by their bytes
     cdef list held      # events put aside while a handler waited
     cdef int pid        # whose loop this is
     # Of a crew; all of it is read and written under the GIL.
@@ -31,6 +39,8 @@ cdef class Dispatcher:
     cdef bint over
     cdef object gate            # a lock at which the main thread sleeps
 
+    cdef str host_text(self, const pf_peer *peer)
+    cdef int hold_back(self, pf_event *event) except -1
     cdef Request make(self)
     cdef int perform(self, Request request) except -1
     cdef tuple job(self, Request request)

@@ -25,7 +25,9 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 
+from cpython.dict cimport PyDict_GetItem
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t
 
@@ -42,6 +44,8 @@ from prefork._core cimport (
     PF_EVENT_REQUEST,
     PF_EVENT_WOKEN,
     PF_EVENT_WRITABLE,
+    host_of,
+    packed,
 )
 
 
@@ -50,9 +54,10 @@ cdef extern from "Python.h":
 
 
 cdef enum:
-    BATCH_MS = 1     # how long finished answers wait for others in their batch
-    EAGER_MORE = 16  # handlers that must not block until one that did is forgotten
+    BATCH_MS = 1      # how long finished answers wait for others in their batch
+    EAGER_MORE = 16   # handlers that must not block until one that did is forgotten
     EAGER_MOST = 64
+    HOSTS_MAX = 4096  # addresses that are remembered as text
 
 
 cdef int pid = os.getpid()
@@ -101,6 +106,7 @@ cdef class Dispatcher:
         self.handler = handler
         self.desk = loop.desk = desk
         self.simple = simple
+        self.hosts = {}
         self.held = []
         self.waiting = deque()
         self.pid = pid
@@ -170,20 +176,23 @@ cdef class Dispatcher:
             function(*arguments)
         return 0
 
+    cdef int hold_back(self, pf_event *event) except -1:
+        """An event has to wait until a handler is done."""
+        cdef Held held = Held.__new__(Held)
+        held.event = event[0]
+        self.held.append(held)
+        return 0
+
     cdef int put_aside(self) except -1:
         """Keep the rest of the batch: a handler needs the loop."""
-        cdef Held held
         while self.at < self.count:
-            held = Held.__new__(Held)
-            held.event = self.loop.events[self.at]
             self.at += 1
-            self.held.append(held)
+            self.hold_back(&self.loop.events[self.at - 1])
         return 0
 
     cdef int pump(self, pf_request *loan) except -1:
         """A turn of the loop amid a handler, for the loan it waits for."""
         cdef pf_event *event
-        cdef Held held
         self.put_aside()
         self.at = self.count = self.loop.wait_batch(-1)
         for i in range(self.count):
@@ -192,9 +201,7 @@ cdef class Dispatcher:
                                                        | PF_EVENT_RELEASED):
                 self.dispatch(event)
             else:
-                held = Held.__new__(Held)
-                held.event = event[0]
-                self.held.append(held)
+                self.hold_back(event)
         if self.count == 0:
             PyErr_CheckSignals()
         return 0
@@ -220,6 +227,17 @@ cdef class Dispatcher:
         elif flags & PF_EVENT_READABLE:
             self.desk.readable(event.code)
         return 0
+
+    cdef str host_text(self, const pf_peer *peer):
+        """An IP address as text, remembered."""
+        cdef bytes key = packed(peer)
+        cdef PyObject *found = PyDict_GetItem(self.hosts, key)
+        if found is not NULL:
+            return <str><object>found
+        if len(self.hosts) >= HOSTS_MAX:
+            self.hosts.clear()
+        self.hosts[key] = text = host_of(peer)
+        return text
 
     cdef Request make(self):
         """A request object of the interface's kind."""

@@ -16,10 +16,9 @@ from urllib.parse import unquote_to_bytes
 cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
-from cpython.object cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memchr, memcmp
+from libc.string cimport memchr
 
 from prefork import _core as core
 from prefork.errors import ClientDisconnected, ProtocolError, RequestError
@@ -39,6 +38,7 @@ from prefork._core cimport (
     pf_head,
     pf_peer,
 )
+from prefork._dispatch cimport same_host
 
 
 cdef extern from "Python.h":
@@ -67,7 +67,6 @@ cdef str SERVER_NAME = sys.intern("SERVER_NAME")
 cdef str SERVER_PORT = sys.intern("SERVER_PORT")
 cdef str REMOTE_ADDR = sys.intern("REMOTE_ADDR")
 cdef str REMOTE_PORT = sys.intern("REMOTE_PORT")
-cdef str CONTENT_TYPE = sys.intern("CONTENT_TYPE")
 cdef str CONTENT_LENGTH = sys.intern("CONTENT_LENGTH")
 cdef str INPUT = sys.intern("wsgi.input")
 cdef str EARLY_HINTS = sys.intern("wsgi.early_hints")
@@ -144,10 +143,6 @@ cdef object other_key(const char *name, Py_ssize_t size):
     return PyUnicode_FromStringAndSize(key, size + 5)
 
 
-cdef bint same_host(const pf_peer *a, const pf_peer *b):
-    return a.family == b.family and memcmp(a.bytes, b.bytes, 16) == 0
-
-
 cdef class Dispatcher(_dispatch.Dispatcher):
     """Calls WSGI apps.
 
@@ -160,7 +155,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef str root_path
     cdef str header_map   # what becomes of names with underscores
     cdef bint allows      # they are let in
-    cdef dict hosts       # addresses as text, by their bytes
     cdef pf_peer remote   # the ends that stand in the template
     cdef pf_peer local
     cdef bint template_ends
@@ -175,22 +169,10 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.root_path = root_path
         self.header_map = header_map
         self.allows = header_map == "allow"
-        self.hosts = {}
         self.blocks = Blocks()
 
     cdef Request make(self):
         return _native.Request.__new__(_native.Request)
-
-    cdef str host_text(self, const pf_peer *peer):
-        """An address as text."""
-        cdef bytes key = peer.bytes[:16]
-        cdef PyObject *found = PyDict_GetItem(self.hosts, key)
-        if found is not NULL:
-            return <str><object>found
-        if len(self.hosts) >= 4096:
-            self.hosts.clear()
-        self.hosts[key] = text = core.host_of(key, peer.family)
-        return text
 
     cdef int set_ends(self, dict environ, Request request) except -1:
         """REMOTE_* and SERVER_*, where they are not those of the template."""
@@ -225,13 +207,11 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         """The first request's ends are likely to be those of many: a proxy's, ours."""
         self.template_ends = 1
         self.remote, self.local = remote[0], local[0]
-        for name, peer in ((REMOTE_ADDR, 0), (SERVER_NAME, 1)):
-            end = &self.local if peer else &self.remote
-            text = self.host_text(end) if end.family > AF_UNIX else EMPTY
-            self.template[name] = environ[name] = text
+        if remote.family > AF_UNIX:
+            self.template[REMOTE_ADDR] = environ[REMOTE_ADDR] = self.host_text(remote)
         if local.family > AF_UNIX:
-            text = port_text(local.port)
-            self.template[SERVER_PORT] = environ[SERVER_PORT] = text
+            self.template[SERVER_NAME] = environ[SERVER_NAME] = self.host_text(local)
+            self.template[SERVER_PORT] = environ[SERVER_PORT] = port_text(local.port)
         return 0
 
     cdef int set_origin(self, dict environ, Request request) except -1:
