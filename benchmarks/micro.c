@@ -66,7 +66,18 @@ parse(const work *it)
 {
     static pf_head head;
     pf__head_state state = {0};
-    int size = pf__http_parse_head(&head, &state, it->text, it->size, &options);
+    int size = pf__http_parse_head(&head, &state, it->text, it->size, &options, NULL);
+    must(size == (int)it->size, it);
+}
+
+/* The same from a client that has sent this block before. */
+static void
+parse_again(const work *it)
+{
+    static pf_head head;
+    static pf__repeat known;
+    pf__head_state state = {0};
+    int size = pf__http_parse_head(&head, &state, it->text, it->size, &options, &known);
     must(size == (int)it->size, it);
 }
 
@@ -78,8 +89,9 @@ parse_in_thirds(const work *it)
     pf__head_state state = {0};
     size_t third = it->size / 3;
     for (int i = 1; i <= 2; i++)
-        must(!pf__http_parse_head(&head, &state, it->text, i * third, &options), it);
-    int size = pf__http_parse_head(&head, &state, it->text, it->size, &options);
+        must(!pf__http_parse_head(&head, &state, it->text, i * third, &options, NULL),
+             it);
+    int size = pf__http_parse_head(&head, &state, it->text, it->size, &options, NULL);
     must(size == (int)it->size, it);
 }
 
@@ -106,7 +118,7 @@ answer_field_by_field(const work *it)
     };
     pf__answer a = {.minor = 1};
     out.len = 0;
-    int rc = pf__response_begin(&pool, &out, &a, 200, (int64_t)it->size);
+    int rc = pf__response_begin(&pool, &out, &a, 200, NULL, 0, (int64_t)it->size);
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         rc |=
             pf__response_field(&pool, &out, &a, fields[i].name, strlen(fields[i].name),
@@ -121,6 +133,8 @@ static const work works[] = {
     {"parse: wrk's GET", parse, TEXT(WRK)},
     {"parse: a browser's GET", parse, TEXT(BROWSER)},
     {"parse: an API client's POST", parse, TEXT(API)},
+    {"parse: wrk's GET, again", parse_again, TEXT(WRK)},
+    {"parse: a browser's GET, again", parse_again, TEXT(BROWSER)},
     {"parse: the browser's GET in thirds", parse_in_thirds, TEXT(BROWSER)},
     {"answer: whole, 13 bytes", answer, TEXT("Hello, World!")},
     {"answer: head of four fields", answer_field_by_field, TEXT("{\"id\": 42}")},

@@ -970,6 +970,17 @@ begin_idle(pf_conn *conn)
 /* ---- the gestures -------------------------------------------------------------------*/
 enum { CONTENT, HUNGRY }; /* does the phase want more input? */
 
+/* Where the header block that a connection sent last is kept. Some share a place: they
+ * are many, and few clients send at a time. */
+static pf__repeat *
+repeat_of(const pf_conn *conn)
+{
+    pf__repeat **place = &conn->loop->repeats[conn->id % PF__REPEATS];
+    if (PF__UNLIKELY(*place == NULL) && (*place = malloc(sizeof **place)) != NULL)
+        (*place)->size = 0;
+    return *place;
+}
+
 static int
 advance_head(pf_conn *conn)
 {
@@ -977,7 +988,8 @@ advance_head(pf_conn *conn)
     if (pf__conn_unsent(conn) >= PF__HIGH_WATER)
         return CONTENT; /* it does not read our answers: settle comes back to it */
     int rc = pf__http_parse_head(&r->head, &r->state, conn->in.data + conn->base,
-                                 conn->in.len - conn->base, &conn->loop->options);
+                                 conn->in.len - conn->base, &conn->loop->options,
+                                 repeat_of(conn));
     if (rc == 0)
         return HUNGRY;
     if (rc < 0)

@@ -707,9 +707,27 @@ parse_fields(pf_head *head, pf__head_state *state, const char *data, size_t len,
     }
 }
 
+/* The fields of a head whose request line has just been parsed. */
+static int
+take_fields(pf_head *head, pf__head_state *state, const char *data, size_t len,
+            const pf_options *limits, pf__repeat *known)
+{
+    uint32_t at = state->at;
+    size_t most = (size_t)state->start + limits->max_header_size;
+    uint32_t size = pf__repeat_find(known, head, data, at, len < most ? len : most);
+    if (PF__LIKELY(size > 0)) {
+        state->at = head->size = at + size;
+        return (int)head->size;
+    }
+    int rc = parse_fields(head, state, data, len, limits);
+    if (rc > 0)
+        pf__repeat_keep(known, head, data, at);
+    return rc;
+}
+
 int
 pf__http_parse_head(pf_head *head, pf__head_state *state, const char *data, size_t len,
-                    const pf_options *limits)
+                    const pf_options *limits, pf__repeat *known)
 {
     if (state->phase == REQUEST_LINE) {
         if (state->at == 0) {
@@ -722,6 +740,8 @@ pf__http_parse_head(pf_head *head, pf__head_state *state, const char *data, size
         int rc = parse_request_line(head, state, data, len, limits);
         if (rc != DONE)
             return rc;
+        if (known != NULL)
+            return take_fields(head, state, data, len, limits, known);
     }
     return parse_fields(head, state, data, len, limits);
 }

@@ -88,6 +88,29 @@ pf__scan_is(char c, int class)
     return (pf__scan_class[(uint8_t)c] & class) != 0;
 }
 
+/* ---- repeat.c: header blocks that come again -----------------------------------------*/
+enum {
+    PF__REPEAT_BYTES = 1024, /* of a block that is kept */
+    PF__REPEAT_FIELDS = 24,
+    PF__REPEATS = 64, /* places in a loop */
+};
+
+typedef struct pf__repeat {
+    uint64_t content_length;
+    uint16_t size; /* of the block with its last CR LF; 0: none is kept */
+    uint16_t nfields;
+    uint8_t host, minor, flags;         /* as in pf_head */
+    pf_field fields[PF__REPEAT_FIELDS]; /* counting from the block's start */
+    char bytes[PF__REPEAT_BYTES];
+} pf__repeat;
+
+/* Does the known block begin at data[at]? Its fields in the head, and its size; or 0. */
+uint32_t pf__repeat_find(const pf__repeat *known, pf_head *head, const char *data,
+                         size_t at, size_t len);
+/* The block of a head that is complete begins at data[at]: keep it, if it is small. */
+void pf__repeat_keep(pf__repeat *known, const pf_head *head, const char *data,
+                     size_t at);
+
 /* ---- http.c: request head and chunked body -> slices --------------------------------*/
 enum {
     PF__METHOD_MAX = 32,
@@ -121,9 +144,10 @@ typedef struct pf__chunked {
 } pf__chunked;
 
 /* > 0: the head's size; 0: more bytes are needed; < 0: PF_ERR_*. Reads no byte at or
- * behind data + len. Spans count from data. */
+ * behind data + len. Spans count from data. `known` is the block that this client sent
+ * last, under the same limits, and then this one; NULL: every head is parsed. */
 int pf__http_parse_head(pf_head *head, pf__head_state *state, const char *data,
-                        size_t len, const pf_options *limits);
+                        size_t len, const pf_options *limits, pf__repeat *known);
 
 /* Decodes data[*raw .. len) in place, payload going to data[*end ..]; *end <= *raw.
  * 1: the body and its trailers are complete; 0: more bytes are needed; < 0: PF_ERR_*. */
@@ -518,7 +542,8 @@ struct pf_loop {
     pf_row *row;        /* where it counts: its own, or one of a scoreboard */
     pf_row own_row;
     pf__notices notices;
-    char *spill_dir; /* owns */
+    char *spill_dir;                  /* owns */
+    pf__repeat *repeats[PF__REPEATS]; /* own; NULL until needed */
 };
 
 static inline void

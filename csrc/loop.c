@@ -1013,6 +1013,8 @@ pf_loop_free(pf_loop *loop)
     free(loop->notices.list);
     free_options(&loop->options);
     free(loop->spill_dir);
+    for (int i = 0; i < PF__REPEATS; i++)
+        free(loop->repeats[i]);
     free(loop);
     return 0;
 }

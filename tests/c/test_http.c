@@ -132,7 +132,7 @@ parse(pf_head *head, const char *text, size_t len)
     char *copy = malloc(len + (len == 0));
     pf__head_state state = {0};
     memcpy(copy, text, len);
-    int rc = pf__http_parse_head(head, &state, copy, len, &limits);
+    int rc = pf__http_parse_head(head, &state, copy, len, &limits, NULL);
     free(copy);
     return rc;
 }
@@ -227,7 +227,7 @@ parse_pieces(pf_head *head, const char *text, size_t len, const size_t *ends)
     for (; rc == 0; ends++) {
         char *copy = malloc(*ends + (*ends == 0));
         memcpy(copy, text, *ends);
-        rc = pf__http_parse_head(head, &state, copy, *ends, &limits);
+        rc = pf__http_parse_head(head, &state, copy, *ends, &limits, NULL);
         free(copy);
         if (*ends == len)
             break;
@@ -319,6 +319,112 @@ a_head_that_is_cut_anywhere_wants_more(void)
     for (size_t len = 0; len < strlen(heads[2]); len++)
         assert(parse(&head, heads[2], len) == 0);
     assert(parse(&head, heads[2], strlen(heads[2])) > 0);
+}
+
+/* ---- blocks that come again ---------------------------------------------------------*/
+static pf__repeat known;
+
+static int
+parse_knowing(pf_head *head, const char *text, size_t len)
+{
+    char *copy = malloc(len + (len == 0));
+    pf__head_state state = {0};
+    memcpy(copy, text, len);
+    int rc = pf__http_parse_head(head, &state, copy, len, &limits, &known);
+    assert(rc <= 0 || state.at == (uint32_t)rc);
+    free(copy);
+    return rc;
+}
+
+static void
+after_any_other_head_a_head_is_parsed_the_same(void)
+{
+    pf_head head, whole;
+    pf_options_init(&limits);
+    for (int i = 0; i < NHEADS * NHEADS; i++) {
+        const char *before = heads[i / NHEADS], *text = heads[i % NHEADS];
+        known.size = 0;
+        parse_knowing(&head, before, strlen(before));
+        int rc = parse(&whole, text, strlen(text));
+        for (int time = 0; time < 2; time++) {
+            assert(parse_knowing(&head, text, strlen(text)) == rc);
+            assert(rc <= 0 || same_head(&head, &whole));
+        }
+    }
+}
+
+#define BLOCK "Host: a\r\nX-Real: 1\r\nContent-Length: 7\r\n\r\n"
+
+static void
+a_block_is_known_behind_another_request_line(void)
+{
+    static const char *const lines[] = {
+        "POST / HTTP/1.1\r\n",        "\r\nPOST /elsewhere?x HTTP/1.1\r\n",
+        "GET / HTTP/1.0\r\n",         "HEAD /x HTTP/1.1\r\n",
+        "PUT http://b/ HTTP/1.1\r\n", "DELETE / HTTP/1.1\r\n",
+    };
+    char text[256];
+    pf_head head, whole;
+    pf_options_init(&limits);
+    known.size = 0;
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        int len = snprintf(text, sizeof text, "%s" BLOCK "7 bytes", lines[i]);
+        assert(parse(&whole, text, (size_t)len) == len - 7);
+        assert(parse_knowing(&head, text, (size_t)len) == len - 7);
+        assert(same_head(&head, &whole));
+        assert(known.size == sizeof BLOCK - 1);
+        assert(known.content_length == 7 && known.nfields == 3);
+    }
+}
+
+static void
+a_known_block_that_is_cut_wants_more_and_one_that_differs_is_parsed(void)
+{
+    static const char text[] = "GET / HTTP/1.1\r\n" BLOCK;
+    char other[sizeof text];
+    pf_head head;
+    pf_options_init(&limits);
+    known.size = 0;
+    assert(parse_knowing(&head, text, sizeof text - 1) == (int)sizeof text - 1);
+    for (size_t len = 0; len < sizeof text - 1; len++)
+        assert(parse_knowing(&head, text, len) == 0);
+    memcpy(other, text, sizeof text);
+    *strchr(other, '7') = '8';
+    assert(parse_knowing(&head, other, sizeof text - 1) == (int)sizeof text - 1);
+    assert(head.content_length == 8);
+    memcpy(strstr(other, "X-Real"), "X Real", 6);
+    assert(parse_knowing(&head, other, sizeof text - 1) == PF_ERR_FIELD_NAME);
+}
+
+static void
+a_known_block_is_held_to_the_limit_of_the_head(void)
+{
+    static const char text[] = "GET / HTTP/1.1\r\n" BLOCK;
+    static const char longer[] = "GET /longer HTTP/1.1\r\n" BLOCK;
+    pf_head head;
+    pf_options_init(&limits);
+    limits.max_header_size = sizeof text - 1;
+    known.size = 0;
+    for (int time = 0; time < 2; time++)
+        assert(parse_knowing(&head, text, sizeof text - 1) == (int)sizeof text - 1);
+    assert(parse_knowing(&head, longer, sizeof longer - 1) == PF_ERR_HEAD_SIZE);
+}
+
+static void
+a_block_that_is_large_is_not_kept(void)
+{
+    char text[4 * PF__REPEAT_BYTES];
+    pf_head head;
+    pf_options_init(&limits);
+    known.size = 0;
+    int len = snprintf(text, sizeof text, "GET / HTTP/1.1\r\nHost: a\r\nX: %*d\r\n\r\n",
+                       PF__REPEAT_BYTES, 1);
+    assert(parse_knowing(&head, text, (size_t)len) == len && known.size == 0);
+    len = snprintf(text, sizeof text, "GET / HTTP/1.1\r\nHost: a\r\n");
+    for (int i = 0; i < PF__REPEAT_FIELDS; i++)
+        len += snprintf(text + len, sizeof text - (size_t)len, "X: 1\r\n");
+    len += snprintf(text + len, sizeof text - (size_t)len, "\r\n");
+    assert(parse_knowing(&head, text, (size_t)len) == len && known.size == 0);
 }
 
 static bool
@@ -624,6 +730,11 @@ main(void)
     spans_count_from_the_first_byte_also_behind_ignored_lines();
     a_head_is_the_same_in_every_delivery();
     a_head_that_is_cut_anywhere_wants_more();
+    after_any_other_head_a_head_is_parsed_the_same();
+    a_block_is_known_behind_another_request_line();
+    a_known_block_that_is_cut_wants_more_and_one_that_differs_is_parsed();
+    a_known_block_is_held_to_the_limit_of_the_head();
+    a_block_that_is_large_is_not_kept();
     a_limit_gives_one_answer_in_every_delivery();
     limits_count_what_they_say();
     an_endless_line_is_refused_at_its_limit();
