@@ -16,12 +16,13 @@ from sys import intern
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
-from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeLatin1
+from cpython.unicode cimport PyUnicode_DecodeLatin1, PyUnicode_GET_LENGTH
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 cdef extern from "Python.h":
-    bint PyUnicode_IS_ASCII(object text)
+    int PyUnicode_KIND(object text)
+    void *PyUnicode_DATA(object text)
     int PyObject_AsFileDescriptor(object file) except -1
 
 from prefork.errors import ClientDisconnected, ProtocolError, RequestError
@@ -1079,18 +1080,8 @@ cdef class Request:
     cdef int field(self, object name, object value) except -1:
         cdef Py_ssize_t name_len = 0
         cdef Py_ssize_t value_len = 0
-        cdef object name_bytes = None  # keep alive what is looked at
-        cdef object value_bytes = None
-        cdef const char *n = ascii_view(name, &name_len)
-        cdef const char *v = ascii_view(value, &value_len)
-        if n is NULL:
-            name_bytes = latin(name)
-            n = PyBytes_AS_STRING(name_bytes)
-            name_len = PyBytes_GET_SIZE(name_bytes)
-        if v is NULL:
-            value_bytes = latin(value)
-            v = PyBytes_AS_STRING(value_bytes)
-            value_len = PyBytes_GET_SIZE(value_bytes)
+        cdef const char *n = latin_view(name, &name_len)
+        cdef const char *v = latin_view(value, &value_len)
         cdef int rc = pf_request_field(self.lent(), n, name_len, v, value_len)
         if rc < 0:
             if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
@@ -1258,27 +1249,27 @@ cdef class Request:
         self.ended()
 
 
-cdef const char *ascii_view(object text, Py_ssize_t *size) except? NULL:
-    """The bytes of bytes or of an ASCII str, without a copy; NULL if that cannot be."""
-    if type(text) is str and PyUnicode_IS_ASCII(text):
-        return PyUnicode_AsUTF8AndSize(text, size)
+cdef const char *latin_view(object text, Py_ssize_t *size) except NULL:
+    """The bytes of bytes or of a latin-1 str (RFC 9110 5.5), without a copy: a str of
+    one byte a character has them."""
+    if type(text) is str:
+        if PyUnicode_KIND(text) != 1:
+            raise ProtocolError(f"a header field must be latin-1, not {text!r}")
+        size[0] = PyUnicode_GET_LENGTH(text)
+        return <const char *>PyUnicode_DATA(text)
     if type(text) is bytes:
         size[0] = PyBytes_GET_SIZE(text)
         return PyBytes_AS_STRING(text)
-    return NULL
+    raise ProtocolError(f"a header field must be str or bytes, not {text!r}")
 
 
 cdef bytes latin(object text):
-    """Field names and values travel as latin-1 (RFC 9110 5.5)."""
+    """The same as bytes."""
+    cdef Py_ssize_t size = 0
     if type(text) is bytes:
         return text
-    if type(text) is str:
-        try:
-            return text.encode("latin-1")
-        except UnicodeEncodeError:
-            raise ProtocolError(
-                f"a header field must be latin-1, not {text!r}") from None
-    raise ProtocolError(f"a header field must be str or bytes, not {text!r}")
+    cdef const char *view = latin_view(text, &size)
+    return view[:size]
 
 
 # ---- Headers ----

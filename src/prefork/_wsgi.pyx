@@ -17,7 +17,7 @@ cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
 from cpython.unicode cimport PyUnicode_DecodeLatin1
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint64_t
 from libc.string cimport memchr
 
 from prefork import _core as core
@@ -49,6 +49,7 @@ cdef enum:
     HIGH_WATER = 65536  # bytes pending above which a handler waits for room
     PULL_MS = 1         # so long an iterable is pulled before others have their turn
     NAME_MAX = 256      # of a field name that becomes a key without a detour
+    PORTS = 1024        # that are remembered as text
     AF_UNIX = 1
 
 cdef str HTTP_1_0 = sys.intern("HTTP/1.0")
@@ -89,7 +90,7 @@ def template(multithread, multiprocess, errors, software, root_path=""):
         RAW_URI: SLASH, REQUEST_URI: SLASH, PROTOCOL: sys.intern("HTTP/1.1"),
         SERVER_NAME: EMPTY, SERVER_PORT: EMPTY, REMOTE_ADDR: EMPTY, REMOTE_PORT: EMPTY,
         "SERVER_SOFTWARE": software, "wsgi.version": (1, 0), "wsgi.url_scheme": "http",
-        INPUT: None, "wsgi.errors": errors, "wsgi.multithread": multithread,
+        INPUT: NO_BODY, "wsgi.errors": errors, "wsgi.multithread": multithread,
         "wsgi.multiprocess": multiprocess, "wsgi.run_once": False,
         "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
         EARLY_HINTS: None,
@@ -108,17 +109,6 @@ FORWARDED = frozenset([
 
 cdef str latin_text(const char *text, Py_ssize_t size):
     return PyUnicode_DecodeLatin1(text, size, NULL)
-
-
-cdef str port_text(unsigned port):
-    cdef char digits[8]
-    cdef int at = 8
-    while True:
-        at -= 1
-        digits[at] = <char>(c"0" + port % 10)
-        port //= 10
-        if port == 0:
-            return PyUnicode_FromStringAndSize(digits + at, 8 - at)
 
 
 cdef object other_key(const char *name, Py_ssize_t size):
@@ -159,6 +149,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef pf_peer local
     cdef bint template_ends
     cdef Blocks blocks    # of header fields, and environs with them
+    cdef list ports                     # some of them as text,
+    cdef uint16_t port_numbers[PORTS]   # and which they are
     cdef object last_status
     cdef int last_code
     cdef bytes last_reason
@@ -170,6 +162,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.header_map = header_map
         self.allows = header_map == "allow"
         self.blocks = Blocks()
+        self.ports = [EMPTY] * PORTS
 
     cdef Request make(self):
         return _native.Request.__new__(_native.Request)
@@ -183,15 +176,23 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         if remote.family > AF_UNIX:
             if not same_host(&remote, &self.remote):
                 PyDict_SetItem(environ, REMOTE_ADDR, self.host_text(&remote))
-            PyDict_SetItem(environ, REMOTE_PORT, port_text(remote.port))
+            PyDict_SetItem(environ, REMOTE_PORT, self.port_text(remote.port))
         elif self.remote.family > AF_UNIX:
             PyDict_SetItem(environ, REMOTE_ADDR, EMPTY)
         if local.family <= AF_UNIX:
             self.name_server(environ)
         elif not same_host(&local, &self.local) or local.port != self.local.port:
             environ[SERVER_NAME] = self.host_text(&local)
-            environ[SERVER_PORT] = port_text(local.port)
+            environ[SERVER_PORT] = self.port_text(local.port)
         return 0
+
+    cdef str port_text(self, uint16_t port):
+        """A port as text, remembered: a connection has the same one all its life."""
+        cdef int at = port % PORTS
+        if self.port_numbers[at] != port or port == 0:
+            self.ports[at] = str(port)
+            self.port_numbers[at] = port
+        return <str>self.ports[at]
 
     cdef int name_server(self, dict environ) except -1:
         """SERVER_* on a unix socket, where only the client's Host can tell them; PEP
@@ -211,7 +212,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             self.template[REMOTE_ADDR] = environ[REMOTE_ADDR] = self.host_text(remote)
         if local.family > AF_UNIX:
             self.template[SERVER_NAME] = environ[SERVER_NAME] = self.host_text(local)
-            self.template[SERVER_PORT] = environ[SERVER_PORT] = port_text(local.port)
+            self.template[SERVER_PORT] = environ[SERVER_PORT] = self.port_text(local.port)
         return 0
 
     cdef int set_origin(self, dict environ, Request request) except -1:
@@ -314,18 +315,16 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.set_ends(environ, request)
         if request.is_forwarded():
             self.set_origin(environ, request)
-        cdef Input body = Input.__new__(Input)
-        body.answer = answer
         if head.flags & PF_HEAD_CHUNKED or head.content_length > 0:
-            self.take_body(environ, request, body)
-        PyDict_SetItem(environ, INPUT, body)
-        cdef EarlyHints hints = EarlyHints.__new__(EarlyHints)
-        hints.answer = answer
-        PyDict_SetItem(environ, EARLY_HINTS, hints)
+            self.take_body(environ, request, answer)
+        PyDict_SetItem(environ, EARLY_HINTS, answer)
         return environ
 
-    cdef int take_body(self, dict environ, Request request, Input body) except -1:
+    cdef int take_body(self, dict environ, Request request, Answer answer) except -1:
         """All of it that is here; a chunked one has a length then, RFC 9112 7.1.3."""
+        cdef Input body = Input.__new__(Input)
+        body.answer = answer
+        PyDict_SetItem(environ, INPUT, body)
         if not request.is_whole():
             body.answer.input = body
             return 0
@@ -404,6 +403,9 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
 # ---- The answer ----
 
+cdef tuple TEXT = (bytes, str, bytearray, memoryview)
+
+
 cdef bytes plain(part):
     """Bytes of a subclass as bytes."""
     return <bytes>part if type(part) is bytes else bytes(part)
@@ -439,13 +441,13 @@ cdef class Answer:
     # -- what apps call --
 
     def __call__(self, status, headers=None, exc_info=None):
-        """start_response(status, headers, exc_info=None), and write(data), too.
+        """start_response(status, headers, exc_info=None), and two more.
 
-        Hardly any app calls write(), so what it would be is not made for it.
+        Hardly any app calls write(data) or wsgi.early_hints(headers), so what these
+        would be is not made for it: they are this, too.
         """
-        if headers is None and self.fields is not None:
-            if self.checked(status):
-                self.send(plain(status))
+        if headers is None and (self.fields is not None or type(status) is not str):
+            self.tell(status)
             return None
         if type(status) is not str:
             if not isinstance(status, str):
@@ -463,6 +465,14 @@ cdef class Answer:
         self.head = (self.code == 204 or self.code == 304
                      or self.request.asks_for_head())
         return self
+
+    cdef int tell(self, what) except -1:
+        """write(data), or wsgi.early_hints(headers): a 103 with these pairs (RFC 8297)."""
+        if hasattr(what, "__iter__") and not isinstance(what, TEXT):
+            self.hint(list(what))
+        elif self.checked(what):
+            self.send(plain(what))
+        return 0
 
     cdef int replace(self, exc_info) except -1:
         """Another answer is to take the place of this one, if it is not too late."""
@@ -825,16 +835,6 @@ cdef class Answer:
         return 0
 
 
-@cython.freelist(64)
-cdef class EarlyHints:
-    """wsgi.early_hints(headers): a 103 with these (name, value) pairs (RFC 8297)."""
-
-    cdef Answer answer
-
-    def __call__(self, headers):
-        self.answer.hint(list(headers))
-
-
 # ---- wsgi.input ----
 
 @cython.freelist(64)
@@ -889,6 +889,10 @@ cdef class Input:
 
     def __iter__(self):
         return iter(self.opened())
+
+
+cdef Input NO_BODY = Input()  # of all requests without one
+NO_BODY.content = b""
 
 
 # ---- wsgi.file_wrapper ----
