@@ -212,7 +212,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             self.template[REMOTE_ADDR] = environ[REMOTE_ADDR] = self.host_text(remote)
         if local.family > AF_UNIX:
             self.template[SERVER_NAME] = environ[SERVER_NAME] = self.host_text(local)
-            self.template[SERVER_PORT] = environ[SERVER_PORT] = self.port_text(local.port)
+            port = self.port_text(local.port)
+            self.template[SERVER_PORT] = environ[SERVER_PORT] = port
         return 0
 
     cdef int set_origin(self, dict environ, Request request) except -1:
@@ -467,7 +468,7 @@ cdef class Answer:
         return self
 
     cdef int tell(self, what) except -1:
-        """write(data), or wsgi.early_hints(headers): a 103 with these pairs (RFC 8297)."""
+        """write(data), or wsgi.early_hints(headers): a 103 with them (RFC 8297)."""
         if hasattr(what, "__iter__") and not isinstance(what, TEXT):
             self.hint(list(what))
         elif self.checked(what):
