@@ -12,61 +12,20 @@
  * A connection is registered only when it has to wait; one that is answered and closed
  * at once never is.
  *
- * The read buffer holds, from `base` on: the head of the current request, its decoded
- * body [body_at, body_end), and from `raw` on what was not looked at yet. Everything is
- * offsets, so the buffer may grow and move. When a request is over and nothing is left,
- * the buffer goes back to the pool: an idle connection holds none.
+ * How bytes come in and which of them are body stands in input.c, how they leave in
+ * output.c. When a request is over and nothing is left, the read buffer goes back to the
+ * pool: an idle connection holds none.
  */
 #include "internal.h"
 
 #include <errno.h>
-#include <sys/sendfile.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
-enum {
-    FILLS_MAX = 16,        /* reads of one connection before others have their turn */
-    SENDS_MAX = 4 << 20,   /* bytes sent to one, likewise */
-    BODY_READ_MIN = 16384, /* room offered to a read of body bytes */
-    BODY_ROOM_MAX = 4 * PF__BODY_WINDOW, /* for a body that goes to a file */
-    IOV_MAX_HERE = 64,
-};
+enum { FILLS_MAX = 16 }; /* reads of one connection before others have their turn */
 
 static void pump(pf_conn *conn);
 static void kill_with_reset(pf_conn *conn);
-
-/* ---- notices ------------------------------------------------------------------------*/
-static bool
-grow_notices(pf__notices *notices)
-{
-    if (notices->first > notices->cap / 2) {
-        memmove(notices->list, notices->list + notices->first,
-                notices->count * sizeof *notices->list);
-        notices->first = 0;
-        return true;
-    }
-    uint32_t cap = notices->cap ? notices->cap * 2 : 64;
-    pf_notice *list = realloc(notices->list, cap * sizeof *list);
-    if (list == NULL)
-        return false;
-    notices->list = list;
-    notices->cap = cap;
-    return true;
-}
-
-/* A notice that finds no memory is lost: it is a report, not a promise. */
-void
-pf__conn_notice(pf_loop *loop, const pf_conn *conn, int kind, int code)
-{
-    pf__notices *notices = &loop->notices;
-    if (PF__LIKELY(!(loop->options.flags & PF_OPTION_NOTICES)))
-        return;
-    if (notices->first + notices->count == notices->cap && !grow_notices(notices))
-        return;
-    notices->list[notices->first + notices->count++] = (pf_notice){
-        .connection = conn->id, .kind = kind, .code = code, .peer = conn->peer};
-}
 
 /* ---- requests -----------------------------------------------------------------------*/
 static pf_request *
@@ -139,231 +98,6 @@ body_deadline(const pf_conn *conn)
 
 /* ---- output -------------------------------------------------------------------------*/
 static void
-release_ref(pf_loop *loop, void *ref)
-{
-    assert(loop->nreleased < loop->released_cap);
-    loop->released[loop->nreleased++] = ref;
-    loop->borrowed--;
-}
-
-static int
-reserve_release(pf_loop *loop)
-{
-    if (loop->nreleased + loop->borrowed < loop->released_cap)
-        return 0;
-    uint32_t cap = loop->released_cap ? loop->released_cap * 2 : 64;
-    void **released = realloc(loop->released, cap * sizeof *released);
-    if (released == NULL)
-        return -ENOMEM;
-    loop->released = released;
-    loop->released_cap = cap;
-    return 0;
-}
-
-static void
-drop_segments(pf_conn *conn)
-{
-    pf__segments *s = conn->segments;
-    if (s == NULL)
-        return;
-    for (uint32_t i = s->first; i < s->count; i++)
-        if (s->list[i].kind != PF__SEGMENT_COPIED)
-            release_ref(conn->loop, s->list[i].ref);
-    free(s);
-    conn->segments = NULL;
-}
-
-static int
-reserve_segments(pf_conn *conn, uint32_t more)
-{
-    pf__segments *s = conn->segments;
-    if (s != NULL && s->first > s->cap / 2) {
-        s->count -= s->first;
-        memmove(s->list, s->list + s->first, s->count * sizeof s->list[0]);
-        s->first = 0;
-    }
-    if (s != NULL && s->cap - s->count >= more)
-        return 0;
-    uint32_t cap = s ? s->cap * 2 : 8;
-    pf__segments *bigger = realloc(s, sizeof *s + cap * sizeof s->list[0]);
-    if (bigger == NULL)
-        return -ENOMEM;
-    if (s == NULL)
-        *bigger = (pf__segments){0};
-    bigger->cap = cap;
-    conn->segments = bigger;
-    return 0;
-}
-
-int
-pf__conn_borrow(pf_conn *conn, const pf__segment *segment)
-{
-    if (segment->len > PTRDIFF_MAX - pf__conn_unsent(conn))
-        return -EOVERFLOW;
-    int rc = reserve_release(conn->loop);
-    if (rc < 0 || (rc = reserve_segments(conn, 2)) < 0)
-        return rc;
-    pf__segments *s = conn->segments;
-    size_t before = conn->out.len - conn->sent - s->copied;
-    if (before > 0) {
-        s->list[s->count++] = (pf__segment){.len = before};
-        s->copied += before;
-    }
-    s->list[s->count++] = *segment;
-    s->borrowed += segment->len;
-    conn->loop->borrowed++;
-    return 0;
-}
-
-/* How far conn->out may be sent: not into a head that is still being written. */
-static size_t
-sendable(const pf_conn *conn)
-{
-    const pf_request *r = conn->request;
-    if (r != NULL
-        && (r->answer.flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED))
-               == PF__ANSWER_BEGUN)
-        return r->answer.mark;
-    return conn->out.len;
-}
-
-/* Before a close the last bytes wait for the FIN and leave in one segment with it. */
-static int
-send_flags(const pf_conn *conn)
-{
-    return MSG_NOSIGNAL | (conn->phase == PF__PHASE_CLOSING ? MSG_MORE : 0);
-}
-
-static ssize_t
-send_plain(const pf_conn *conn, size_t end)
-{
-    return send(conn->source.fd, conn->out.data + conn->sent, end - conn->sent,
-                send_flags(conn));
-}
-
-static ssize_t
-send_segments(const pf_conn *conn, size_t end)
-{
-    const pf__segments *s = conn->segments;
-    struct iovec iov[IOV_MAX_HERE];
-    size_t n = 0, copied = conn->sent;
-    uint32_t i = s->first;
-    for (; i < s->count && n < IOV_MAX_HERE; i++, n++) {
-        const pf__segment *segment = &s->list[i];
-        if (segment->kind == PF__SEGMENT_FILE)
-            break;
-        bool is_copy = segment->kind == PF__SEGMENT_COPIED;
-        const char *data = is_copy ? conn->out.data + copied : segment->data;
-        iov[n].iov_base = (void *)(uintptr_t)data;
-        iov[n].iov_len = segment->len;
-        copied += is_copy ? segment->len : 0;
-    }
-    if (i == s->count && n < IOV_MAX_HERE && copied < end) {
-        iov[n].iov_base = conn->out.data + copied;
-        iov[n++].iov_len = end - copied;
-    }
-    /* a head leaves in one segment with the beginning of its file */
-    int more = i < s->count ? MSG_MORE : 0;
-    struct msghdr message = {.msg_iov = iov, .msg_iovlen = n};
-    return sendmsg(conn->source.fd, &message, send_flags(conn) | more);
-}
-
-static ssize_t
-send_file(const pf_conn *conn, const pf__segment *file)
-{
-    off_t offset = file->offset;
-    size_t n = file->len < SENDS_MAX ? file->len : SENDS_MAX;
-    return sendfile(conn->source.fd, file->fd, &offset, n);
-}
-
-/* Bytes that the kernel took, or -errno, or PF_ERR_APP_FILE_SHORT. */
-static ssize_t
-send_some(const pf_conn *conn, size_t end)
-{
-    const pf__segments *s = conn->segments;
-    const pf__segment *file = s != NULL ? &s->list[s->first] : NULL;
-    if (file != NULL && file->kind != PF__SEGMENT_FILE)
-        file = NULL;
-    ssize_t n;
-    do
-        n = file ? send_file(conn, file)
-            : s  ? send_segments(conn, end)
-                 : send_plain(conn, end);
-    while (n < 0 && errno == EINTR);
-    if (n < 0)
-        return -errno;
-    return n == 0 && file ? PF_ERR_APP_FILE_SHORT : n;
-}
-
-static void
-forget_part(pf_conn *conn, pf__segment *segment, size_t n)
-{
-    pf__segments *s = conn->segments;
-    segment->len -= n;
-    switch (segment->kind) {
-    case PF__SEGMENT_COPIED:
-        s->copied -= n;
-        conn->sent += n;
-        return;
-    case PF__SEGMENT_BORROWED:
-        segment->data += n;
-        break;
-    default:
-        segment->offset += (int64_t)n;
-    }
-    s->borrowed -= n;
-}
-
-static void
-forget_sent(pf_conn *conn, size_t n)
-{
-    pf__segments *s = conn->segments;
-    while (s != NULL && s->first < s->count && n > 0) {
-        pf__segment *segment = &s->list[s->first];
-        size_t part = n < segment->len ? n : segment->len;
-        n -= part;
-        forget_part(conn, segment, part);
-        if (segment->len > 0)
-            break;
-        if (segment->kind != PF__SEGMENT_COPIED)
-            release_ref(conn->loop, segment->ref);
-        s->first++;
-    }
-    if (s == NULL || s->first == s->count) {
-        conn->sent += n;
-        free(s);
-        conn->segments = NULL;
-    }
-}
-
-static void
-output_is_sent(pf_conn *conn)
-{
-    if (conn->sent == conn->out.len) {
-        pf__buffer_release(&conn->loop->pool, &conn->out);
-        conn->sent = 0;
-    }
-    if (conn->write_deadline != 0)
-        set_write_deadline(conn, 0);
-}
-
-/* What was sent goes once it outweighs the rest, so that a stream that is always a bit
- * ahead of its reader keeps little. */
-static void
-drop_sent(pf_conn *conn)
-{
-    pf__buffer *out = &conn->out;
-    size_t n = conn->sent;
-    if (n < PF__HIGH_WATER || n < out->len - n)
-        return;
-    memmove(out->data, out->data + n, out->len - n);
-    out->len -= n;
-    conn->sent = 0;
-    if (conn->request != NULL && conn->request->answer.mark >= n)
-        conn->request->answer.mark -= n;
-}
-
-static void
 output_is_blocked(pf_conn *conn)
 {
     const pf_request *r = conn->request;
@@ -376,7 +110,7 @@ output_is_blocked(pf_conn *conn)
 static void
 output_failed(pf_conn *conn, int error)
 {
-    pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, error);
+    pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, error);
     kill_with_reset(conn);
 }
 
@@ -384,32 +118,38 @@ output_failed(pf_conn *conn, int error)
 static bool
 flush(pf_conn *conn)
 {
-    for (size_t sent = 0;;) {
-        size_t end = sendable(conn);
-        if (conn->sent == end && conn->segments == NULL) {
-            output_is_sent(conn);
-            return true;
-        }
-        if (sent >= SENDS_MAX) { /* a fast reader of a large file */
+    int rc = pf__output_flush(conn);
+    switch (rc) {
+    case PF__OUTPUT_SENT:
+        if (conn->write_deadline != 0)
+            set_write_deadline(conn, 0);
+        return true;
+    case PF__OUTPUT_STUCK:
+        if (conn->write_deadline == 0)
             output_is_blocked(conn);
-            pf__conn_mark_dirty(conn);
-            return true;
-        }
-        ssize_t n = send_some(conn, end);
-        if (n == -EAGAIN) {
-            if (sent > 0 || conn->write_deadline == 0)
-                output_is_blocked(conn);
-            drop_sent(conn);
-            return true;
-        }
-        if (n < 0) {
-            output_failed(conn, (int)n);
-            return false;
-        }
-        sent += (size_t)n;
-        conn->loop->row->stats.bytes_out += (uint64_t)n;
-        forget_sent(conn, (size_t)n);
+        return true;
+    case PF__OUTPUT_MORE:
+        pf__conn_mark_dirty(conn);
+        output_is_blocked(conn);
+        return true;
+    case PF__OUTPUT_BLOCKED:
+        output_is_blocked(conn);
+        return true;
+    default:
+        output_failed(conn, rc);
+        return false;
     }
+}
+
+int
+pf__conn_continue(pf_conn *conn)
+{
+    static const char line[] = "HTTP/1.1 100 Continue\r\n\r\n";
+    int rc = pf__output_insert(conn, line, sizeof line - 1);
+    if (rc < 0)
+        return rc;
+    pf__conn_mark_dirty(conn);
+    return 0;
 }
 
 /* ---- the end of a connection --------------------------------------------------------*/
@@ -444,15 +184,13 @@ pf__conn_kill(pf_conn *conn)
     conn->phase = PF__PHASE_DEAD;
     pf__timer_cancel(&loop->wheel, &conn->timer);
     unlink_conn(conn);
-    drop_segments(conn);
-    pf__buffer_release(&loop->pool, &conn->out);
-    conn->sent = 0;
+    pf__output_drop(conn);
     loop->row->stats.connections--;
     loop->row->stats.closed++;
     if (conn->counted)
         pf__peers_remove(&loop->peers, &conn->peer);
     loop->turned_away -= conn->turned_away;
-    pf__conn_notice(loop, conn, PF_NOTICE_CLOSED, 0);
+    pf__notices_add(loop, conn, PF_NOTICE_CLOSED, 0);
     if (conn->lent) {
         conn->request->dead = true;
         tell_holder(conn, PF_ERR_CLOSED); /* its head stays readable: in is kept */
@@ -594,7 +332,7 @@ pf__conn_refuse(pf_conn *conn, int code)
     pf_loop *loop = conn->loop;
     pf_request *r = conn->request;
     loop->row->stats.refused++;
-    pf__conn_notice(loop, conn, PF_NOTICE_ERROR, code);
+    pf__notices_add(loop, conn, PF_NOTICE_ERROR, code);
     bool ours = r != NULL && conn->phase != PF__PHASE_LENT;
     if (ours && (loop->options.flags & PF_OPTION_LEND_REFUSED)) {
         lend_refused(conn, code);
@@ -617,105 +355,11 @@ static void
 turn_away(pf_conn *conn)
 {
     conn->loop->row->stats.refused++;
-    pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, PF_ERR_PROXY);
+    pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, PF_ERR_PROXY);
     pf__conn_kill(conn);
 }
 
-/* ---- input --------------------------------------------------------------------------*/
-/* Close the gaps: before the request, between its head and body, before raw. */
-static void
-compact(pf_conn *conn)
-{
-    pf_request *r = conn->request;
-    char *data = conn->in.data;
-    size_t shift = conn->base;
-    memmove(data, data + shift, conn->in.len - shift);
-    conn->in.len -= shift;
-    conn->raw -= shift;
-    conn->base = 0;
-    if (r == NULL || r->head.size == 0)
-        return;
-    r->body_at -= shift;
-    r->body_end -= shift;
-    size_t gap = r->body_at - r->head.size;
-    memmove(data + r->head.size, data + r->body_at, r->body_end - r->body_at);
-    r->body_at -= gap;
-    r->body_end -= gap;
-    gap = conn->raw - r->body_end;
-    memmove(data + r->body_end, data + conn->raw, conn->in.len - conn->raw);
-    conn->raw -= gap;
-    conn->in.len -= gap;
-}
-
-static size_t
-read_size(const pf_conn *conn)
-{
-    const pf_request *r = conn->request;
-    size_t least = conn->loop->options.read_buffer_size;
-    if (r == NULL || !r->has_body)
-        return least;
-    size_t expected = r->head.flags & PF_HEAD_CHUNKED || r->body_left > PF__BODY_WINDOW
-                          ? PF__BODY_WINDOW
-                          : (size_t)r->body_left;
-    if (expected > BODY_READ_MIN && r->body_received < BODY_READ_MIN)
-        expected = BODY_READ_MIN; /* no announced length reserves much by itself */
-    return expected > least ? expected : least;
-}
-
-/* What a body took before it was spilled is not needed while the rest comes. */
-static void
-shrink(pf_conn *conn, size_t want)
-{
-    const pf_request *r = conn->request;
-    if (r != NULL && r->body_fd >= 0)
-        pf__buffer_shrink(&conn->loop->pool, &conn->in, conn->in.len + want);
-}
-
-static int
-make_room(pf_conn *conn)
-{
-    pf__buffer *in = &conn->in;
-    size_t want = read_size(conn);
-    if (PF__UNLIKELY(in->cap > BODY_ROOM_MAX))
-        shrink(conn, want);
-    if (in->cap - in->len > want / 4)
-        return 0;
-    if (in->len > 0)
-        compact(conn);
-    if (in->cap - in->len > want / 4)
-        return 0;
-    return pf__buffer_grow(&conn->loop->pool, in, in->len + want);
-}
-
-/* > 0: bytes were read; 0: the peer finished; < 0: -errno. */
-static ssize_t
-fill(pf_conn *conn)
-{
-    pf__buffer *in = &conn->in;
-    int rc = make_room(conn);
-    if (rc < 0)
-        return rc;
-    size_t room = in->cap - in->len;
-    ssize_t n;
-    do
-        n = recv(conn->source.fd, in->data + in->len, room, 0);
-    while (n < 0 && errno == EINTR);
-    if (n < 0) {
-        conn->readable = false;
-        return -errno;
-    }
-    if (n == 0) {
-        conn->eof = true;
-        conn->readable = false;
-        return 0;
-    }
-    in->len += (size_t)n;
-    conn->loop->row->stats.bytes_in += (uint64_t)n;
-    if ((size_t)n < room && !conn->fin)
-        conn->readable = false;
-    return n;
-}
-
+/* ---- the end of input ---------------------------------------------------------------*/
 /* Only empty lines came, which are no request yet. */
 static bool
 head_is_empty(const pf_conn *conn)
@@ -735,7 +379,7 @@ input_ended(pf_conn *conn)
     case PF__PHASE_FIRST:
     case PF__PHASE_IDLE:
     case PF__PHASE_DRAIN:
-        if (pf__conn_unsent(conn) > 0) {
+        if (pf__output_unsent(conn) > 0) {
             drop_request(conn);
             begin_closing(conn, false);
         } else {
@@ -760,113 +404,8 @@ static void
 input_failed(pf_conn *conn, int error)
 {
     if (conn->phase != PF__PHASE_IDLE)
-        pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, error);
+        pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, error);
     pf__conn_kill(conn);
-}
-
-/* ---- bodies -------------------------------------------------------------------------*/
-static int
-absorb_chunked(pf_conn *conn, pf_request *r)
-{
-    int rc =
-        pf__http_decode_chunked(&r->chunked, conn->in.data, &conn->raw, conn->in.len,
-                                &r->body_end, r->max_body, &conn->loop->options);
-    if (rc > 0)
-        r->body_done = true;
-    return rc;
-}
-
-static void
-absorb_length(pf_conn *conn, pf_request *r)
-{
-    size_t n = conn->in.len - conn->raw;
-    if (n > r->body_left)
-        n = (size_t)r->body_left;
-    if (r->body_end != conn->raw)
-        memmove(conn->in.data + r->body_end, conn->in.data + conn->raw, n);
-    conn->raw += n;
-    r->body_end += n;
-    r->body_left -= n;
-    r->body_done = r->body_left == 0;
-}
-
-/* Body bytes that have arrived become body: what is behind raw moves before it. */
-static int
-absorb(pf_conn *conn)
-{
-    pf_request *r = conn->request;
-    size_t before = conn->raw;
-    int rc = 0;
-    if (r->body_done)
-        return 0; /* what follows is not its body */
-    if (r->body_at == r->body_end)
-        r->body_at = r->body_end = conn->raw;
-    if (r->head.flags & PF_HEAD_CHUNKED)
-        rc = absorb_chunked(conn, r);
-    else
-        absorb_length(conn, r);
-    r->body_received += conn->raw - before;
-    return rc < 0 ? rc : 0;
-}
-
-void
-pf__conn_consume(pf_conn *conn, size_t n)
-{
-    pf_request *r = conn->request;
-    r->body_at += n;
-    if (r->body_at < r->body_end)
-        return;
-    if (conn->raw == conn->in.len) { /* start over behind the head */
-        conn->raw = conn->in.len = conn->base + r->head.size;
-        r->body_at = r->body_end = conn->raw;
-    }
-}
-
-static int
-spill_body(pf_conn *conn, pf_request *r)
-{
-    const char *data = conn->in.data + r->body_at;
-    size_t n = r->body_end - r->body_at;
-    int fd = r->body_fd >= 0 ? r->body_fd : pf__spill_open(conn->loop->spill_dir);
-    int rc = fd < 0 ? fd : pf__spill_write(fd, data, n, r->body_spilled);
-    r->body_fd = fd < 0 ? -1 : fd;
-    if (rc < 0) {
-        pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, rc);
-        return PF_ERR_BODY_STORE;
-    }
-    r->body_spilled += n;
-    pf__conn_consume(conn, n);
-    return 0;
-}
-
-/* More of a body than may wait in memory goes to a file, and then all of it does. */
-static int
-gather(pf_conn *conn)
-{
-    pf_request *r = conn->request;
-    int rc = absorb(conn);
-    size_t n = r->body_end - r->body_at, max = conn->loop->options.body_buffer_size;
-    if (PF__LIKELY(rc < 0 || max == 0 || (n <= max && r->body_fd < 0) || n == 0))
-        return rc;
-    return spill_body(conn, r);
-}
-
-/* It goes before the head of an answer that is begun and not sealed. */
-int
-pf__conn_continue(pf_conn *conn)
-{
-    static const char line[] = "HTTP/1.1 100 Continue\r\n\r\n";
-    size_t len = sizeof line - 1, at = sendable(conn);
-    pf__buffer *out = &conn->out;
-    int rc = pf__buffer_reserve(&conn->loop->pool, out, len);
-    if (rc < 0)
-        return rc;
-    memmove(out->data + at + len, out->data + at, out->len - at);
-    memcpy(out->data + at, line, len);
-    out->len += len;
-    conn->request->answer.mark += len;
-    pf__conn_mark_dirty(conn);
-    return 0;
 }
 
 /* ---- heads --------------------------------------------------------------------------*/
@@ -928,7 +467,7 @@ begin_request(pf_conn *conn)
     if (rc == 0 && (r->head.content_length > 0 || r->head.flags & PF_HEAD_CHUNKED)) {
         begin_body(conn);
         early = r->expect || (conn->loop->options.flags & PF_OPTION_LEND_HEADS);
-        rc = early ? absorb(conn) : gather(conn);
+        rc = early ? pf__input_absorb(conn) : pf__input_gather(conn);
     } else {
         r->body_done = true;
         r->body_at = r->body_end = conn->raw;
@@ -950,7 +489,7 @@ begin_head(pf_conn *conn)
     }
     conn->base = conn->raw;
     conn->phase = PF__PHASE_HEAD;
-    pf__conn_notice(conn->loop, conn, PF_NOTICE_ACTIVE, 0);
+    pf__notices_add(conn->loop, conn, PF_NOTICE_ACTIVE, 0);
 }
 
 static void
@@ -964,7 +503,7 @@ begin_idle(pf_conn *conn)
     if (loop->draining && loop->options.drain_idle_ms < timeout)
         timeout = loop->options.drain_idle_ms;
     set_deadlines(conn, loop->now + timeout);
-    pf__conn_notice(loop, conn, PF_NOTICE_IDLE, 0);
+    pf__notices_add(loop, conn, PF_NOTICE_IDLE, 0);
 }
 
 /* ---- the gestures -------------------------------------------------------------------*/
@@ -985,7 +524,7 @@ static int
 advance_head(pf_conn *conn)
 {
     pf_request *r = conn->request;
-    if (pf__conn_unsent(conn) >= PF__HIGH_WATER)
+    if (pf__output_unsent(conn) >= PF__HIGH_WATER)
         return CONTENT; /* it does not read our answers: settle comes back to it */
     int rc = pf__http_parse_head(&r->head, &r->state, conn->in.data + conn->base,
                                  conn->in.len - conn->base, &conn->loop->options,
@@ -1002,7 +541,7 @@ advance_head(pf_conn *conn)
 static int
 advance_body(pf_conn *conn)
 {
-    int rc = gather(conn);
+    int rc = pf__input_gather(conn);
     if (rc < 0) {
         pf__conn_refuse(conn, rc);
         return CONTENT;
@@ -1021,7 +560,7 @@ advance_lent(pf_conn *conn)
         return CONTENT;
     uint64_t before = r->body_spilled;
     bool whole = r->want == PF_WANT_WHOLE || r->body_fd >= 0;
-    int rc = whole ? gather(conn) : absorb(conn);
+    int rc = whole ? pf__input_gather(conn) : pf__input_absorb(conn);
     if (rc < 0) {
         r->want = 0;
         tell_holder(conn, rc);
@@ -1052,14 +591,14 @@ advance_drain(pf_conn *conn)
 {
     pf_request *r = conn->request;
     size_t before = conn->raw;
-    int rc = absorb(conn);
+    int rc = pf__input_absorb(conn);
     r->drained += (uint32_t)(conn->raw - before);
     if (rc < 0 || r->drained > PF__DRAIN_MAX) {
         drop_request(conn);
         begin_closing(conn, true);
         return CONTENT;
     }
-    pf__conn_consume(conn, r->body_end - r->body_at);
+    pf__input_consume(conn, r->body_end - r->body_at);
     if (!r->body_done)
         return HUNGRY;
     next_request(conn);
@@ -1180,7 +719,7 @@ pump(pf_conn *conn)
 {
     for (int fills = 0; advance(conn) == HUNGRY; fills++) {
         if (conn->readable && fills < FILLS_MAX) {
-            ssize_t n = fill(conn);
+            ssize_t n = pf__input_fill(conn);
             if (n > 0)
                 continue;
             if (n == 0) {
@@ -1206,7 +745,7 @@ pf__conn_settle(pf_conn *conn, bool force)
         pf__conn_reap(conn);
         return;
     }
-    size_t unsent = pf__conn_unsent(conn);
+    size_t unsent = pf__output_unsent(conn);
     if (unsent > 0) {
         /* More answers are coming to the same buffer: send them together. */
         bool pipelined = conn->pending & PF_EVENT_REQUEST;
@@ -1217,14 +756,14 @@ pf__conn_settle(pf_conn *conn, bool force)
         if (!flush(conn))
             return;
     }
-    if (conn->phase == PF__PHASE_CLOSING && pf__conn_unsent(conn) == 0)
+    if (conn->phase == PF__PHASE_CLOSING && pf__output_unsent(conn) == 0)
         finish_closing(conn);
     if (conn->phase == PF__PHASE_LINGER)
         linger(conn);
     if (conn->phase == PF__PHASE_DEAD)
         return;
     pf_request *r = conn->request;
-    if (r != NULL && r->want_room && pf__conn_unsent(conn) < PF__LOW_WATER) {
+    if (r != NULL && r->want_room && pf__output_unsent(conn) < PF__LOW_WATER) {
         r->want_room = false;
         pf__conn_mark_ready(conn, PF_EVENT_WRITABLE);
     }
@@ -1262,7 +801,7 @@ pf__conn_event(pf_conn *conn, uint32_t flags)
         tell_holder(conn, PF_ERR_CLOSED);
     if (conn->request != NULL && conn->request->want_end)
         pf__conn_end_wanted(conn);
-    if (pf__conn_unsent(conn) > 0 || conn->phase == PF__PHASE_LINGER
+    if (pf__output_unsent(conn) > 0 || conn->phase == PF__PHASE_LINGER
         || (conn->request != NULL && conn->request->want_room))
         pf__conn_mark_dirty(conn);
     if (conn->readable)
@@ -1366,7 +905,7 @@ pf__conn_timeout(pf_conn *conn)
     }
     conn->loop->row->stats.timeouts++;
     if (write) {
-        pf__conn_notice(conn->loop, conn, PF_NOTICE_ERROR, PF_ERR_WRITE_TIMEOUT);
+        pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, PF_ERR_WRITE_TIMEOUT);
         kill_with_reset(conn);
         return;
     }
@@ -1405,7 +944,7 @@ pf__conn_drain(pf_conn *conn, bool now)
 {
     if (!is_waiting(conn))
         return;
-    if (now && pf__conn_unsent(conn) == 0) {
+    if (now && pf__output_unsent(conn) == 0) {
         pf__conn_kill(conn);
         return;
     }
@@ -1421,7 +960,7 @@ pf__conn_drain(pf_conn *conn, bool now)
 bool
 pf__conn_is_quiet(const pf_conn *conn)
 {
-    return is_waiting(conn) && conn->in.len == 0 && pf__conn_unsent(conn) == 0;
+    return is_waiting(conn) && conn->in.len == 0 && pf__output_unsent(conn) == 0;
 }
 
 void
@@ -1481,7 +1020,7 @@ pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
                     && conn->peer.family != AF_UNIX;
     loop->row->stats.connections++;
     loop->row->stats.accepted++;
-    pf__conn_notice(loop, conn, PF_NOTICE_NEW, 0);
+    pf__notices_add(loop, conn, PF_NOTICE_NEW, 0);
     pf__conn_mark_dirty(conn);
     if (refusal != 0) {
         conn->turned_away = true;

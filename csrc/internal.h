@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/types.h>
 #include <time.h>
 
 #define PF__LIKELY(x) __builtin_expect(!!(x), 1)
@@ -353,7 +354,9 @@ int pf__poller_wait(pf__poller *poller, pf__readiness *out, int max, int timeout
 int pf__poller_embed(pf__poller *poller); /* from now on arm() is meant */
 int pf__poller_arm(pf__poller *poller, int64_t now, int64_t deadline);
 
-/* ---- conn.c: the state machine of one connection ------------------------------------*/
+/* ---- One connection: what the rooms that follow share --------------------------------
+ * notices.c, input.c and output.c each have a part of it, conn.c has the whole.
+ */
 typedef struct pf_conn pf_conn;
 
 enum pf__phase {
@@ -464,6 +467,41 @@ struct pf_request {
     pf_head head;
 };
 
+/* ---- notices.c: what happened to connections ----------------------------------------*/
+typedef struct pf__notices {
+    pf_notice *list;
+    uint32_t first, count, cap;
+} pf__notices;
+
+void pf__notices_append(pf_loop *loop, const pf_conn *conn, int kind, int code);
+
+/* ---- output.c: what a connection has to send ----------------------------------------*/
+enum pf__output_state {
+    PF__OUTPUT_SENT,    /* all that may be sent was taken by the kernel */
+    PF__OUTPUT_BLOCKED, /* some was; the socket is full */
+    PF__OUTPUT_STUCK,   /* nothing was; it is still full */
+    PF__OUTPUT_MORE,    /* others have their turn before the rest */
+};
+
+int pf__output_flush(pf_conn *conn); /* PF__OUTPUT_*, -errno or PF_ERR_APP_FILE_SHORT */
+int pf__output_borrow(pf_conn *conn, const pf__segment *segment);
+int pf__output_insert(pf_conn *conn, const char *data, size_t len); /* copies */
+void pf__output_drop(pf_conn *conn);
+
+static inline size_t
+pf__output_unsent(const pf_conn *conn)
+{
+    return conn->out.len - conn->sent + (conn->segments ? conn->segments->borrowed : 0);
+}
+
+/* ---- input.c: what a connection has received ----------------------------------------*/
+ssize_t pf__input_fill(pf_conn *conn);
+/* one read. > 0: bytes came; 0: the peer finished; < 0: -errno */
+int pf__input_absorb(pf_conn *conn); /* what has arrived becomes body; PF_ERR_* */
+int pf__input_gather(pf_conn *conn); /* the same; a large body goes to a file */
+void pf__input_consume(pf_conn *conn, size_t n);
+
+/* ---- conn.c: the state machine of one connection ------------------------------------*/
 int pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal);
 /* owns fd; refusal: 0, or the PF_ERR_* to answer at once. -ENOMEM */
 bool pf__conn_introduces(const pf_loop *loop, const pf__origin *origin);
@@ -481,17 +519,8 @@ bool pf__conn_is_quiet(const pf_conn *conn); /* between two requests */
 void pf__conn_leave(pf_conn *conn); /* its socket is another worker's from now on */
 void pf__conn_body_wanted(pf_conn *conn);
 void pf__conn_end_wanted(pf_conn *conn);
-void pf__conn_consume(pf_conn *conn, size_t n);
-int pf__conn_borrow(pf_conn *conn, const pf__segment *segment);
 int pf__conn_continue(pf_conn *conn);     /* queue 100 Continue */
 bool pf__conn_keeps(const pf_conn *conn); /* may the connection outlive this answer? */
-void pf__conn_notice(pf_loop *loop, const pf_conn *conn, int kind, int code);
-
-static inline size_t
-pf__conn_unsent(const pf_conn *conn)
-{
-    return conn->out.len - conn->sent + (conn->segments ? conn->segments->borrowed : 0);
-}
 
 /* ---- loop.c: accept, timeouts, batches, flush, drain --------------------------------*/
 typedef struct pf__listener {
@@ -500,11 +529,6 @@ typedef struct pf__listener {
     bool adopted; /* of a vacant slot: fd is ours */
     uint32_t slot;
 } pf__listener;
-
-typedef struct pf__notices {
-    pf_notice *list;
-    uint32_t first, count, cap;
-} pf__notices;
 
 struct pf_loop {
     pf__poller poller;
@@ -545,6 +569,13 @@ struct pf_loop {
     char *spill_dir;                  /* owns */
     pf__repeat *repeats[PF__REPEATS]; /* own; NULL until needed */
 };
+
+static inline void
+pf__notices_add(pf_loop *loop, const pf_conn *conn, int kind, int code)
+{
+    if (PF__UNLIKELY(loop->options.flags & PF_OPTION_NOTICES))
+        pf__notices_append(loop, conn, kind, code);
+}
 
 static inline void
 pf__conn_mark_dirty(pf_conn *conn)

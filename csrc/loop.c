@@ -486,7 +486,7 @@ accept_some(pf_loop *loop, pf__listener *listener, int max)
             continue;
         if (is_shortage(errno)) {
             pf_conn nobody = {.id = 0};
-            pf__conn_notice(loop, &nobody, PF_NOTICE_ERROR, -errno);
+            pf__notices_add(loop, &nobody, PF_NOTICE_ERROR, -errno);
             pause_accepting(loop);
         }
         return;

@@ -128,7 +128,7 @@ pf_request_consume(pf_request *r, size_t n)
     if (r->dead)
         r->body_at += n;
     else
-        pf__conn_consume(r->conn, n);
+        pf__input_consume(r->conn, n);
     return 0;
 }
 
@@ -331,7 +331,7 @@ write_borrowed(pf_request *r, const pf__segment *segment)
     if (chunked)
         out->len =
             (size_t)(put_chunk_size(out->data + before, segment->len) - out->data);
-    if ((rc = pf__conn_borrow(r->conn, segment)) < 0) {
+    if ((rc = pf__output_borrow(r->conn, segment)) < 0) {
         out->len = before;
         return rc;
     }
@@ -437,7 +437,7 @@ pf_request_end(pf_request *r)
 static int
 borrow_bytes(pf_conn *conn, const char *data, size_t len, void *ref)
 {
-    return pf__conn_borrow(
+    return pf__output_borrow(
         conn, &(pf__segment){
                   .kind = PF__SEGMENT_BORROWED, .data = data, .len = len, .ref = ref});
 }
@@ -508,7 +508,7 @@ pf_request_borrows(const pf_request *r, size_t len)
 size_t
 pf_request_pending(const pf_request *r)
 {
-    return r->dead ? 0 : pf__conn_unsent(r->conn);
+    return r->dead ? 0 : pf__output_unsent(r->conn);
 }
 
 int

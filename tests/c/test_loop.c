@@ -1867,9 +1867,9 @@ notices_taken_one_by_one_do_not_pile_up(void)
     pf_conn nobody = {0};
     pf_notice notice;
     open_server(PF_OPTION_NOTICES);
-    pf__conn_notice(loop, &nobody, PF_NOTICE_NEW, 0);
+    pf__notices_add(loop, &nobody, PF_NOTICE_NEW, 0);
     for (int i = 1; i < 10000; i++) {
-        pf__conn_notice(loop, &nobody, PF_NOTICE_NEW, i);
+        pf__notices_add(loop, &nobody, PF_NOTICE_NEW, i);
         assert(pf_loop_notices(loop, &notice, 1) == 1 && notice.code == i - 1);
     }
     assert(loop->notices.cap <= 128);
