@@ -20,6 +20,10 @@
  *
  * A request ends with an empty line: bodies are taken as part of what follows, which
  * holds for every body without an empty line inside, and no load here sends another.
+ *
+ * With --websocket the first request is a handshake, and then every 11 bytes are a
+ * masked frame of five, the answer to which is known: wsload.c sends no others, and
+ * always the sample key of RFC 6455, section 1.3.
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -39,23 +43,38 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BATCH = 64, READ_SIZE = 64 << 10, ANSWERS_SIZE = 64 << 10, HEAD_SIZE = 256 };
+enum {
+    BATCH = 64,
+    READ_SIZE = 64 << 10,
+    ANSWERS_SIZE = 64 << 10,
+    HEAD_SIZE = 256,
+    FRAME_SIZE = 11
+};
 
 static const char EMPTY_LINE[4] = "\r\n\r\n";
 static const char HELLO[] = "Hello, World!";
+static const char SWITCHING[] = "HTTP/1.1 101 Switching Protocols\r\n"
+                                "Upgrade: websocket\r\n"
+                                "Connection: Upgrade\r\n"
+                                "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
+                                "\r\n";
+static const char ECHO[] = "\x81\x05Hello";
 
 /* What a connection needs to remember between two wakes; indexed by its fd. The table
  * is as long as RLIMIT_NOFILE and only touched pages of it take memory. */
 typedef struct conn {
-    uint32_t matched; /* bytes of EMPTY_LINE at the end of the last read: 0..3 */
+    uint32_t matched; /* bytes at the end of the last read: of EMPTY_LINE, 0..3, or of
+                         a frame */
     uint32_t sent;    /* of the answer under way */
     uint32_t owed;    /* answers not wholly sent */
     bool watched;     /* by epoll */
+    bool switched;    /* from requests to frames */
 } conn;
 
 static struct {
     bool close;
     bool defer_accept;
+    bool websocket;
     size_t body_size; /* 0: "Hello, World!" */
     uint16_t port;
 } options = {.defer_accept = true};
@@ -102,8 +121,13 @@ static void
 prepare_answers(void)
 {
     char head[HEAD_SIZE];
-    size_t head_size = write_head(head, time(NULL));
+    size_t head_size = options.websocket ? 0 : write_head(head, time(NULL));
     size_t body_size = options.body_size ? options.body_size : sizeof HELLO - 1;
+    const char *body = HELLO;
+    if (options.websocket) {
+        body = ECHO;
+        body_size = sizeof ECHO - 1;
+    }
     answer_size = head_size + body_size;
     size_t copies = answer_size < ANSWERS_SIZE ? ANSWERS_SIZE / answer_size : 1;
     answers_size = copies * answer_size;
@@ -115,7 +139,7 @@ prepare_answers(void)
         if (options.body_size)
             memset(at + head_size, 'x', body_size);
         else
-            memcpy(at + head_size, HELLO, body_size);
+            memcpy(at + head_size, body, body_size);
     }
 }
 
@@ -125,7 +149,7 @@ refresh_date(void)
     static time_t last;
     struct timespec now;
     clock_gettime(CLOCK_REALTIME_COARSE, &now);
-    if (now.tv_sec == last)
+    if (now.tv_sec == last || options.websocket)
         return;
     last = now.tv_sec;
     char head[HEAD_SIZE];
@@ -167,6 +191,22 @@ match_tail(const char *p, size_t n)
         if (!memcmp(p + n - len, EMPTY_LINE, len))
             return len;
     return 0;
+}
+
+/* How many requests, or frames, end in the n bytes that were read. */
+static unsigned
+count_requests(conn *c, size_t n)
+{
+    size_t size = n + c->matched;
+    if (c->switched) {
+        c->matched = (uint32_t)(size % FRAME_SIZE);
+        return (unsigned)(size / FRAME_SIZE);
+    }
+    const char *p = input + 3 - c->matched;
+    memcpy(input + 3 - c->matched, EMPTY_LINE, c->matched);
+    unsigned requests = count_empty_lines(p, size);
+    c->matched = match_tail(p, size);
+    return requests;
 }
 
 /* ---- Connections ------------------------------------------------------------------*/
@@ -234,11 +274,12 @@ serve(int fd)
         }
         if (n < 0)
             break;
-        const char *p = input + 3 - c->matched;
-        size_t size = (size_t)n + c->matched;
-        memcpy(input + 3 - c->matched, EMPTY_LINE, c->matched);
-        unsigned requests = count_empty_lines(p, size);
-        c->matched = match_tail(p, size);
+        unsigned requests = count_requests(c, (size_t)n);
+        if (requests && options.websocket && !c->switched) {
+            c->switched = true;
+            send(fd, SWITCHING, sizeof SWITCHING - 1, MSG_NOSIGNAL);
+            continue;
+        }
         c->owed += options.close && requests ? 1 : requests;
         if (options.close && !requests)
             continue;
@@ -325,7 +366,8 @@ open_poller(void)
 static int
 usage(void)
 {
-    fprintf(stderr, "usage: limit [--close] [--no-defer-accept] [--body BYTES] [PORT]\n"
+    fprintf(stderr, "usage: limit [--close] [--no-defer-accept] [--body BYTES]\n"
+                    "             [--websocket] [PORT]\n"
                     "PORT 0 (the default) takes a free one; the port is printed.\n");
     return 2;
 }
@@ -336,6 +378,7 @@ main(int argc, char **argv)
     static const struct option LONG[] = {{"close", no_argument, NULL, 'c'},
                                          {"no-defer-accept", no_argument, NULL, 'd'},
                                          {"body", required_argument, NULL, 'b'},
+                                         {"websocket", no_argument, NULL, 'w'},
                                          {0}};
     int option;
     while ((option = getopt_long(argc, argv, "", LONG, NULL)) >= 0) {
@@ -345,6 +388,9 @@ main(int argc, char **argv)
             break;
         case 'd':
             options.defer_accept = false;
+            break;
+        case 'w':
+            options.websocket = true;
             break;
         case 'b':
             options.body_size = strtoul(optarg, NULL, 10);

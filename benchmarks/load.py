@@ -1,6 +1,7 @@
 """The scenarios: what a server is put under, and what one run of it brought.
 
-Most are wrk's; ten thousand idle connections are held by this process.
+Most are wrk's, WebSocket's is wsload.c's; ten thousand idle connections are held by
+this process.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cpu
+from programs import program
 
 HERE = Path(__file__).parent
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -65,7 +67,7 @@ class Scenario:
     run: Callable[[Scenario, Target], Sample]
     connections: int = 64
     arguments: tuple[str, ...] = ()
-    answer: str = "app"  # what the server is to serve: "app" or "big"
+    answer: str = "app"  # what the server is to serve: "app", "big" or "echo"
     close: bool = False  # every answer ends its connection
 
 
@@ -77,6 +79,15 @@ class Target:
     port: int
     seconds: int
     core: int  # of the load
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises where a load cannot be put on here."""
+    runs = {SCENARIOS[name].run for name in names}
+    if run_wrk in runs:
+        wrk()
+    if run_websocket in runs:
+        program("wsload")
 
 
 # ---- wrk ---------------------------------------------------------------------------
@@ -133,6 +144,47 @@ def _latency(percent: str, text: str) -> float | None:
     match = re.search(rf"^ +{percent}% +([\d.]+)(us|ms|s|m)$", text, re.MULTILINE)
     value = float(match[1]) * _MICROSECONDS[match[2]] if match else 0.0
     return value or None  # wrk keeps no latency of pipelined requests
+
+
+# ---- WebSocket ---------------------------------------------------------------------
+
+
+def run_websocket(scenario: Scenario, target: Target) -> Sample:
+    """Echoes alone: the clocks are read after the handshakes and before the ends."""
+    command = ["taskset", "-c", str(target.core), program("wsload"), "--wait"]
+    command += [f"--connections={scenario.connections}", f"--seconds={target.seconds}"]
+    pss_before = cpu.pss(target.pids)
+    with subprocess.Popen(
+        [*command, str(target.port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        connected = process.stdout.readline()
+        before = cpu.read(target.pids)
+        if connected:
+            process.stdin.write("load\n")
+            process.stdin.flush()
+        told = process.stdout.readline()
+        after = cpu.read(target.pids)
+        pss_after = cpu.pss(target.pids)
+        process.stdin.close()
+        failure = process.stderr.read().strip()
+    if process.returncode or not told:
+        raise LoadError(f"wsload failed: {failure}")
+    # What it used itself is known when it has ended.
+    foreign = cpu.between(before, cpu.read(target.pids)).foreign
+    return Sample(
+        requests=_number(r"(\d+) echoes", told),
+        usage=replace(cpu.between(before, after), foreign=foreign),
+        errors=_number(r"(\d+) errors", told),
+        p50_us=_number(r"p50 (\d+) us", told),
+        p99_us=_number(r"p99 (\d+) us", told),
+        pss_before=pss_before,
+        pss_after=pss_after,
+    )
 
 
 # ---- Idle connections --------------------------------------------------------------
@@ -199,16 +251,22 @@ def _is_open(sock: socket.socket) -> bool:
 
 def read_answer(sock: socket.socket) -> tuple[bytes, bytes]:
     """Head and body of one answer; the body ends by Content-Length, chunk or close."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += _receive(sock)
-    head, _, body = data.partition(b"\r\n\r\n")
+    head, body = read_head(sock)
     match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
     while match and len(body) < int(match[1]):
         body += _receive(sock)
     while not match and not body.endswith(b"0\r\n\r\n"):
         body += _receive(sock)
     return head, body
+
+
+def read_head(sock: socket.socket) -> tuple[bytes, bytes]:
+    """The head of an answer, and what came with it."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += _receive(sock)
+    head, _, rest = data.partition(b"\r\n\r\n")
+    return head, rest
 
 
 def _receive(sock: socket.socket) -> bytes:
@@ -244,6 +302,13 @@ _ALL = (
     ),
     Scenario(
         "big", "answers of 1 MiB, keep-alive, 64 connections", run_wrk, answer="big"
+    ),
+    Scenario(
+        "ws512",
+        "WebSocket, 5 bytes and back, 512 connections",
+        run_websocket,
+        connections=512,
+        answer="echo",
     ),
     Scenario(
         "idle10k",

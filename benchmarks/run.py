@@ -27,12 +27,14 @@ import load
 import profiler
 import servers
 import table
+from programs import BUILD, ROOT, ProgramError
 
 DEFAULT_SERVERS = (
     "limit,core,prefork,nginx,fastpysgi-wsgi,bjoern,granian-wsgi,granian-asgi,"
     "granian-rsgi,uvicorn,gunicorn"
 )
 DEFAULT_SCENARIOS = "ka64,ka512,pipe16,close,idle10k"
+FAILURES = (load.LoadError, ProgramError, profiler.ProfileError, servers.Unavailable)
 
 
 def main() -> int:
@@ -42,7 +44,7 @@ def main() -> int:
             servers.setup_peers(options.python, options.peers)
             return 0
         return bench(options)
-    except (load.LoadError, servers.Unavailable, profiler.ProfileError) as error:
+    except FAILURES as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
 
@@ -75,7 +77,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     add(
         "--peers",
         type=Path,
-        default=servers.BUILD / "peers",
+        default=BUILD / "peers",
         help="the virtual environment that has the peers",
     )
     add("--setup-peers", action="store_true", help="install them there, and stop")
@@ -106,35 +108,36 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def bench(options: argparse.Namespace) -> int:
-    load.wrk()
+    load.check(options.scenarios)
     if options.profile:
         profiler.check()
     available = find(options)
     samples: table.Samples = {
-        name: {server: [] for server in available} for name in options.scenarios
+        name: {server: [] for server in there} for name, there in available.items()
     }
     for number in range(1 if options.profile else options.rounds):
-        for name in options.scenarios:
-            for server in random.sample(available, len(available)):
+        for name, there in available.items():
+            for server in random.sample(there, len(there)):
                 samples[name][server].append(attempt(options, name, server, number))
     if not options.profile:
         publish(options, samples, available)
     return 0
 
 
-def find(options: argparse.Namespace) -> list[str]:
-    """The servers that can be run here; of the others, why not."""
-    available = []
-    scenario = load.SCENARIOS[options.scenarios[0]]
-    for name in options.servers:
-        with tempfile.TemporaryDirectory() as scratch:
-            site = site_of(options, Path(scratch), scenario)
-            try:
-                servers.SERVERS[name].command(site)
-            except servers.Unavailable as error:
-                say(f"without {name}: {error}")
-            else:
-                available.append(name)
+def find(options: argparse.Namespace) -> dict[str, list[str]]:
+    """For each scenario the servers that can be run here; of the others, why not."""
+    available: dict[str, list[str]] = {}
+    for name in options.scenarios:
+        available[name] = []
+        for server in options.servers:
+            with tempfile.TemporaryDirectory() as scratch:
+                site = site_of(options, Path(scratch), load.SCENARIOS[name])
+                try:
+                    servers.SERVERS[server].start(site)
+                except (servers.Unavailable, ProgramError) as error:
+                    say(f"{name} without {server}: {error}")
+                else:
+                    available[name].append(server)
     return available
 
 
@@ -195,15 +198,18 @@ def say(line: str) -> None:
 
 
 def publish(
-    options: argparse.Namespace, samples: table.Samples, available: list[str]
+    options: argparse.Namespace,
+    samples: table.Samples,
+    available: dict[str, list[str]],
 ) -> None:
-    text = table.document(facts(options, available), samples)
+    names = {server for there in available.values() for server in there}
+    text = table.document(facts(options, names), samples)
     if options.out:
         options.out.write_text(text)
     print(text, end="")
 
 
-def facts(options: argparse.Namespace, available: list[str]) -> list[tuple[str, str]]:
+def facts(options: argparse.Namespace, names: set[str]) -> list[tuple[str, str]]:
     today = datetime.datetime.now(datetime.timezone.utc).date()
     system = f"{platform.system()} {platform.release()}"
     arguments = [shown(argument) for argument in sys.argv[1:]]
@@ -211,7 +217,7 @@ def facts(options: argparse.Namespace, available: list[str]) -> list[tuple[str, 
         ("machine", f"{cpu.model()}, {os.cpu_count()} CPUs, {system}"),
         ("Python", output(str(options.python), "-c", VERSION)),
         ("commit", commit()),
-        ("peers", peer_versions(options, available)),
+        ("peers", peer_versions(options, names)),
         ("date", str(today)),
         ("command", f"`{shlex.join(['python', 'benchmarks/run.py', *arguments])}`"),
     ]
@@ -226,13 +232,13 @@ def shown(argument: str) -> str:
     if not path.is_absolute():
         return argument
     try:
-        return str(path.relative_to(servers.ROOT))
+        return str(path.relative_to(ROOT))
     except ValueError:
         return path.name
 
 
 def commit() -> str:
-    text = output("git", "-C", str(servers.ROOT), "describe", "--always", "--dirty")
+    text = output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     return text or "none yet"
 
 
@@ -244,16 +250,16 @@ for name in sys.argv[1:]:
 """
 
 
-def peer_versions(options: argparse.Namespace, available: list[str]) -> str:
-    packages = {name.partition("-")[0] for name in available}
+def peer_versions(options: argparse.Namespace, names: set[str]) -> str:
+    packages = {name.partition("-")[0] for name in names}
     if "uvicorn" in packages:
-        packages |= {"uvloop", "httptools"}
+        packages |= {"uvloop", "httptools", "websockets"}
     python = options.peers / "bin" / "python"
     lines = output(str(python), "-c", VERSIONS, *sorted(packages)).splitlines()
     if "nginx" in packages:
         lines.append(output("nginx", "-v").partition(": ")[2].replace("/", " "))
-    lines.append(" ".join(output(load.wrk(), "-v").split()[:2]))
-    return ", ".join(lines)
+    lines.append(" ".join(output("wrk", "-v").split()[:2]))
+    return ", ".join(filter(None, lines))
 
 
 def output(*command: str) -> str:

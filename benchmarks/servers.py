@@ -20,14 +20,18 @@ from typing import IO
 
 import cpu
 import load
+from programs import ROOT, program
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 APPS = HERE / "apps"
-BUILD = ROOT / "build" / "benchmarks"
 READY_SECONDS = 30.0
 STOP_SECONDS = 5.0
 PROBE = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 class Unavailable(Exception):
@@ -72,6 +76,13 @@ class Server:
     name: str
     command: Callable[[Site], list[str]]
     prints_port: bool = False  # it takes a free port itself and prints it
+    serves: tuple[str, ...] = ("app", "big")
+
+    def start(self, site: Site) -> list[str]:
+        """The command line; Unavailable where it does not serve what is asked for."""
+        if site.app not in self.serves:
+            raise Unavailable(f"it does not serve {site.app!r}")
+        return self.command(site)
 
 
 # ---- Command lines -----------------------------------------------------------------
@@ -83,6 +94,8 @@ def limit(site: Site) -> list[str]:
         command.append("--close")
     if site.app == "big":
         command.append(f"--body={1 << 20}")
+    if site.app == "echo":
+        command.append("--websocket")
     return command
 
 
@@ -191,6 +204,10 @@ def fastpysgi(module: str) -> Callable[[Site], list[str]]:
     return command
 
 
+def picows(site: Site) -> list[str]:
+    return _script(site, "picows", f"from picows_echo import run\nrun({site.port})")
+
+
 def bjoern(site: Site) -> list[str]:
     return _script(
         site,
@@ -209,53 +226,33 @@ def _script(site: Site, package: str, code: str) -> list[str]:
     return [python, "-c", f"import {package}\n{code}"]
 
 
+_EVERYTHING = ("app", "big", "echo")
+
 _ALL = (
-    Server("limit", limit, prints_port=True),
+    Server("limit", limit, prints_port=True, serves=_EVERYTHING),
     Server("limit-nodefer", limit_without_defer, prints_port=True),
     Server("core", core, prints_port=True),
     Server("prefork", prefork("hello")),
     Server("prefork-16", prefork("hello", "--threads", "16")),
     Server("prefork-wsgi", prefork("wsgi")),
     Server("prefork-wsgi-16", prefork("wsgi", "--threads", "16")),
-    Server("prefork-asgi", prefork("asgi")),
+    Server("prefork-asgi", prefork("asgi"), serves=_EVERYTHING),
     Server("nginx", nginx),
-    Server("uvicorn", uvicorn),
+    Server("uvicorn", uvicorn, serves=_EVERYTHING),
     Server("granian-wsgi", granian("wsgi")),
-    Server("granian-asgi", granian("asgi")),
-    Server("granian-rsgi", granian("rsgi")),
+    Server("granian-asgi", granian("asgi"), serves=_EVERYTHING),
+    Server("granian-rsgi", granian("rsgi"), serves=_EVERYTHING),
     Server("gunicorn", gunicorn_gthread),
     Server("fastpysgi-wsgi", fastpysgi("wsgi")),
     Server("fastpysgi-asgi", fastpysgi("asgi")),
     Server("bjoern", bjoern),
+    Server("picows", picows, serves=("echo",)),
 )
 
 SERVERS = {server.name: server for server in _ALL}
 
 
-# ---- Building and installing -------------------------------------------------------
-
-
-def program(name: str, *sources: Path) -> str:
-    """A C program of this directory, compiled anew if it is older than its sources."""
-    out = BUILD / name
-    files = [HERE / f"{name}.c", *sources]
-    headers = (ROOT / "csrc").glob("*.h")
-    if out.exists() and _newest(*files, *headers) < out.stat().st_mtime:
-        return str(out)
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise Unavailable(f"{name} needs a C compiler: apt-get install gcc")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    options = ["-std=c11", "-O3", "-DNDEBUG", "-D_GNU_SOURCE=", "-pthread"]
-    command = [compiler, *options, f"-I{ROOT / 'csrc'}", "-o", str(out)]
-    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(f"{name} does not compile: {done.stderr.strip()[:400]}")
-    return str(out)
-
-
-def _newest(*files: Path) -> float:
-    return max(file.stat().st_mtime for file in files)
+# ---- Installing ---------------------------------------------------------------------
 
 
 def setup_peers(python: Path, peers: Path) -> None:
@@ -281,7 +278,8 @@ def setup_peers(python: Path, peers: Path) -> None:
 @contextlib.contextmanager
 def running(server: Server, site: Site, core: int) -> Iterator[Running]:
     """The server on one core, from its first answer on."""
-    command = server.command(site)
+    command = server.start(site)
+    upgrade = site.app == "echo"
     with open(site.scratch / "stderr", "w+") as errors:
         process = subprocess.Popen(
             command,
@@ -295,7 +293,7 @@ def running(server: Server, site: Site, core: int) -> Iterator[Running]:
         )
         try:
             port = _printed_port(process) if server.prints_port else site.port
-            _wait_until_ready(process, port, errors)
+            _wait_until_ready(process, port, errors, upgrade)
             yield Running(port, cpu.tree(process.pid))
         finally:
             _stop(process)
@@ -316,12 +314,12 @@ def _printed_port(process: subprocess.Popen[str]) -> int:
 
 
 def _wait_until_ready(
-    process: subprocess.Popen[str], port: int, errors: IO[str]
+    process: subprocess.Popen[str], port: int, errors: IO[str], upgrade: bool
 ) -> None:
     """Until it has answered once; its own exit ends the wait at once."""
     wait = 0.002
     waited = 0.0
-    while not answers(port):
+    while not answers(port, upgrade):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait)
         waited += wait
@@ -331,14 +329,15 @@ def _wait_until_ready(
             raise ServerError(f"did not start: {errors.read().strip()[-400:]}")
 
 
-def answers(port: int) -> bool:
+def answers(port: int, upgrade: bool = False) -> bool:
+    """Whether it answers a request, or a handshake, as it should."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
-            sock.sendall(PROBE)
-            head, _ = load.read_answer(sock)
+            sock.sendall(HANDSHAKE if upgrade else PROBE)
+            head, _ = load.read_head(sock) if upgrade else load.read_answer(sock)
     except OSError:
         return False
-    if not head.startswith(b"HTTP/1.1 200 "):
+    if not head.startswith(b"HTTP/1.1 101 " if upgrade else b"HTTP/1.1 200 "):
         raise ServerError(f"answered {head.splitlines()[0]!r}")
     return True
 

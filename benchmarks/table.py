@@ -125,7 +125,8 @@ user and system time of all the server's processes, divided by the requests answ
 same round. Each figure is the median of all rounds, the lowest and the highest in
 parentheses. Memory is PSS: user memory alone. "foreign CPU" is what others used of the
 CPUs meanwhile; "!" marks rows in which that was above 0.15 in some round. nginx serves
-the answers of 1 MiB by sendfile, which the limit does not."""
+the answers of 1 MiB by sendfile, which the limit does not. WebSocket messages count as
+requests; the limit knows what is to be sent back."""
 
 
 def section(scenario: Scenario, servers: dict[str, list[Sample | None]]) -> list[str]:

@@ -26,3 +26,14 @@ async def app(scope, receive, send):
 
 async def big(scope, receive, send):
     await _answer(scope, send, b"1048576", BIG)
+
+
+async def echo(scope, receive, send):
+    """WebSocket messages come back."""
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (event := await receive())["type"] == "websocket.receive":
+        if (text := event.get("text")) is not None:
+            await send({"type": "websocket.send", "text": text})
+        else:
+            await send({"type": "websocket.send", "bytes": event["bytes"]})
