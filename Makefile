@@ -9,8 +9,15 @@ JOBS ?= $(shell nproc)
 WERROR ?= OFF
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+AUTOBAHN_CASES ?= *
+AUTOBAHN_ARGS ?=
 CLANG ?= $(shell for c in clang clang-21 clang-20 clang-19 clang-18 clang-17 clang-16 \
          clang-15 clang-14; do command -v $$c && break; done)
+
+# One that runs: the shims of pyenv have the name, whatever is behind them.
+PYTHON27 ?= $(shell pyenv=$${PYENV_ROOT:-$$(pyenv root 2>/dev/null)}; \
+            for p in python2.7 "$$pyenv"/versions/2.7*/bin/python2.7; do \
+            "$$p" -c '' 2>/dev/null && command -v "$$p" && break; done)
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' \
        2>/dev/null)
@@ -35,8 +42,8 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help serve test units pytest lint format bench fuzz asan tsan wheel clean \
-        compiler
+.PHONY: help serve test units pytest autobahn lint format bench fuzz asan tsan wheel \
+        clean compiler
 
 help: ## list the targets
 	@echo 'usage: make TARGET [PYTHON=python3.13] ...'
@@ -55,6 +62,9 @@ units: build/debug/Makefile
 
 pytest: $(VENV)/.package $(VENV)/.group-test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+autobahn: $(VENV)/.package build/autobahn/.wstest ## run the Autobahn test suite (AUTOBAHN_CASES='1.*,12.*')
+	@$(BIN)/python tests/autobahn/run.py --cases '$(AUTOBAHN_CASES)' $(AUTOBAHN_ARGS)
 
 # A worker's report must not be lost when its master replaces it: reports go to files.
 REPORTS := $(CURDIR)/build/asan/reports
@@ -158,6 +168,20 @@ $(VENVS:%=%/.package): %/.package: $(SOURCES) | %/.group-build compiler
 	    'or dnf install python3-devel' >&2; exit 1; }
 	$*/bin/python -m pip install -q --no-build-isolation --check-build-dependencies \
 	    -Cbuild-dir=build/$(*:.venv-%=python-%) $(SETTINGS) .
+	@touch $@
+
+# The Autobahn suite is for Python 2.7, and this virtualenv the last that knows that one.
+WSTEST := build/autobahn/wstest
+VIRTUALENV := build/autobahn/virtualenv
+build/autobahn/.wstest: | $(BIN)/python compiler
+	@[ -n '$(PYTHON27)' ] && $(PYTHON27) -c '' 2>/dev/null || { \
+	    echo 'prefork: the Autobahn suite needs a Python 2.7, and none was found:' \
+	    'pyenv install 2.7.18, or make autobahn PYTHON27=...' >&2; exit 1; }
+	@rm -rf $(WSTEST) $(VIRTUALENV)
+	$(BIN)/python -m pip install -q --target $(VIRTUALENV) virtualenv==20.15.1
+	PYTHONPATH=$(VIRTUALENV) $(BIN)/python -m virtualenv -q -p $(PYTHON27) $(WSTEST)
+	$(WSTEST)/bin/python -m pip install -q --no-python-version-warning \
+	    autobahntestsuite==25.10.1
 	@touch $@
 
 # The C programs: build/<preset>/Makefile stands for a configured build.
