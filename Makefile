@@ -92,6 +92,7 @@ fuzz: build/fuzz/Makefile ## run each fuzzer for FUZZ_SECONDS (60)
 	    seeds=tests/fuzz/corpus/$$name; \
 	    mkdir -p build/fuzz/corpus/$$name build/fuzz/crashes; \
 	    echo "$$name for $(FUZZ_SECONDS) s"; \
+	    ASAN_OPTIONS=quarantine_size_mb=16 \
 	    build/fuzz/tests/fuzz/$$name -max_total_time=$(FUZZ_SECONDS) -timeout=10 \
 	        -print_final_stats=1 -verbosity=0 \
 	        -artifact_prefix=build/fuzz/crashes/$$name- \

@@ -17,7 +17,7 @@
 #include "internal.h"
 
 #include <errno.h>
-#include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -768,8 +768,12 @@ read_head(const char **p, const char *end, reply *r)
 static void
 check_letters(const char *p, size_t n, const asked *a)
 {
-    for (size_t i = 0; a != NULL && !a->refused && i < n; i++)
-        assert(p[i] == 'a' + a->letter);
+    if (a == NULL || a->refused)
+        return;
+    for (size_t i = 0; i < n; i += LONGEST) {
+        size_t left = n - i < LONGEST ? n - i : LONGEST;
+        assert(memcmp(p + i, bodies[(int)a->letter], left) == 0);
+    }
 }
 
 /* The next stretch of a body; false: it is incomplete. */
@@ -939,9 +943,14 @@ check_nothing_is_left(void)
 static int
 count_fds(void)
 {
+    struct pollfd fds[64];
     int n = 0;
     for (int fd = 0; fd < 64; fd++)
-        n += fcntl(fd, F_GETFD) >= 0;
+        fds[fd] = (struct pollfd){.fd = fd};
+    if (poll(fds, 64, 0) < 0)
+        abort();
+    for (int fd = 0; fd < 64; fd++)
+        n += !(fds[fd].revents & POLLNVAL);
     return n;
 }
 

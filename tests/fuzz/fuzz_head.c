@@ -1,8 +1,9 @@
 /* fuzz_head.c - a request head is the same in every delivery and every SIMD variant.
  *
  * Input: a byte that picks the limits, a byte that picks where to split, the bytes of
- * the connection. They are parsed whole, byte by byte and in two parts, in each variant
- * that this CPU has; bytes that were not delivered yet are poisoned.
+ * the connection. They are parsed whole and in two parts in each variant that this CPU
+ * has, and byte by byte, which takes longest, in the one that the second byte picks;
+ * bytes that were not delivered yet are poisoned.
  */
 #undef NDEBUG
 #include "internal.h"
@@ -45,15 +46,17 @@ parse(const input *in, size_t step, size_t split, int fill, pf__repeat *known,
     size_t have = 0;
     memset(&out->head, fill, sizeof out->head);
     out->rc = 0;
+    ASAN_POISON_MEMORY_REGION(in->data, in->len);
     while (out->rc == 0 && have < in->len) {
+        size_t had = have;
         have = step > 0 ? have + step : have < split ? split : in->len;
         if (have > in->len)
             have = in->len;
-        ASAN_POISON_MEMORY_REGION(in->data + have, in->len - have);
+        ASAN_UNPOISON_MEMORY_REGION(in->data + had, have - had);
         out->rc =
             pf__http_parse_head(&out->head, &state, in->data, have, &in->limits, known);
-        ASAN_UNPOISON_MEMORY_REGION(in->data, in->len);
     }
+    ASAN_UNPOISON_MEMORY_REGION(in->data, in->len);
     out->needed = have;
 }
 
@@ -156,7 +159,7 @@ check_accepted(const input *in, const outcome *out)
 
 /* ---- one input ----------------------------------------------------------------------*/
 static void
-check_variant(const input *in, const outcome *expected)
+check_variant(const input *in, const outcome *expected, bool bytes)
 {
     static outcome out;
     static pf__repeat known;
@@ -167,6 +170,8 @@ check_variant(const input *in, const outcome *expected)
     }
     parse(in, 0, in->split, 0x55, &known, &out);
     check_same(expected, &out);
+    if (!bytes)
+        return;
     parse(in, 1, 0, 0xaa, NULL, &out);
     check_same(expected, &out);
     assert(out.rc <= 0 || out.needed == (size_t)out.rc); /* not a byte too late */
@@ -177,7 +182,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const char *const variants[] = {"portable", "sse2", "avx2"};
+    static const char *const variants[3] = {"portable", "sse2", "avx2"};
     static outcome expected;
     if (size < 3)
         return 0;
@@ -192,9 +197,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     /* Whoever is over the limit is not waited for. */
     assert(expected.rc != 0
            || in.len <= in.limits.max_header_size + 2 * PF__LEADING_CRLF_MAX);
-    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+    for (size_t i = 0; i < 3; i++)
         if (pf_http_set_simd(variants[i]) == 0)
-            check_variant(&in, &expected);
+            check_variant(&in, &expected, data[1] % 3 == i);
     free(in.data);
     return 0;
 }
