@@ -210,8 +210,9 @@ pf__conn_reap(pf_conn *conn)
     pf_loop *loop = conn->loop;
     drop_request(conn);
     pf__buffer_release(&loop->pool, &conn->in);
-    conn->next = loop->free_conns;
-    loop->free_conns = conn;
+    pf_conn **list = loop->borrowed_out ? &loop->quarantine : &loop->free_conns;
+    conn->next = *list;
+    *list = conn;
 }
 
 /* An RST instead of a FIN: for an answer whose end is the end of the connection. */

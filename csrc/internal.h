@@ -10,6 +10,7 @@
 #include "prefork.h"
 
 #include <assert.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -559,6 +560,13 @@ struct pf_loop {
     int64_t accept_until; /* in a drain, of quiesced listeners */
     bool draining, drained, closed, embedded, woken, has_mail;
     bool signalled; /* woken by Python's signal handler, which writes the number */
+    bool shared;    /* may be borrowed while its thread sleeps; then also: */
+    pthread_mutex_t door; /* held while it is borrowed, and when its thread lies down
+                             or gets up */
+    bool asleep, borrowed_out;
+    int64_t asleep_until; /* ms; INT64_MAX: until something happens */
+    pf_conn *quarantine;  /* closed by a borrower: what has woken the sleeper may name
+                              them still, so they are not free before it has looked */
     uint64_t next_id;
     pf_scoreboard *board; /* of the fleet; NULL: alone */
     pf__source mailbox;

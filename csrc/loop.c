@@ -149,6 +149,7 @@ pf_loop_open(pf_loop **out, const pf_options *options)
     pf_loop *loop = calloc(1, sizeof *loop);
     if (loop == NULL)
         return -ENOMEM;
+    pthread_mutex_init(&loop->door, NULL);
     loop->row = &loop->own_row;
     loop->mailbox.fd = -1;
     loop->ready_end = &loop->ready;
@@ -810,13 +811,42 @@ set_state(pf_loop *loop, uint32_t state)
         __atomic_store_n(&loop->row->state, state, __ATOMIC_RELAXED);
 }
 
+static void
+end_quarantine(pf_loop *loop)
+{
+    while (loop->quarantine != NULL) {
+        pf_conn *conn = loop->quarantine;
+        loop->quarantine = conn->next;
+        conn->next = loop->free_conns;
+        loop->free_conns = conn;
+    }
+}
+
+/* A sleep in which the loop can be borrowed. */
+static int
+sleep_lightly(pf_loop *loop, pf__readiness *ready, int timeout_ms)
+{
+    end_quarantine(loop);
+    pthread_mutex_lock(&loop->door);
+    loop->asleep = true;
+    loop->asleep_until = timeout_ms < 0 ? INT64_MAX : loop->now + timeout_ms;
+    pthread_mutex_unlock(&loop->door);
+    int n = pf__poller_wait(&loop->poller, ready, BATCH, timeout_ms);
+    pthread_mutex_lock(&loop->door);
+    loop->asleep = false;
+    pthread_mutex_unlock(&loop->door);
+    return n;
+}
+
 /* Ask the poller once. Returns the events that watched fds made, or -errno. */
 static int
 poll_once(pf_loop *loop, pf_event *events, int max, int timeout_ms)
 {
     pf__readiness ready[BATCH];
     set_state(loop, PF_ROW_WAITING);
-    int n = pf__poller_wait(&loop->poller, ready, BATCH, timeout_ms);
+    int n = loop->shared && timeout_ms != 0
+                ? sleep_lightly(loop, ready, timeout_ms)
+                : pf__poller_wait(&loop->poller, ready, BATCH, timeout_ms);
     read_clocks(loop);
     loop->row->heartbeat_ms = loop->now;
     set_state(loop, PF_ROW_RUNNING);
@@ -886,6 +916,39 @@ pf_loop_wake(pf_loop *loop)
 {
     ssize_t n = write(loop->wake_write, "", 1);
     return n < 0 && errno != EAGAIN ? -errno : 0; /* full: it will wake anyway */
+}
+
+/* ---- other threads ------------------------------------------------------------------*/
+void
+pf_loop_share(pf_loop *loop)
+{
+    loop->shared = true;
+}
+
+bool
+pf_loop_borrow(pf_loop *loop)
+{
+    if (!loop->shared || pthread_mutex_trylock(&loop->door) != 0)
+        return false;
+    if (!loop->asleep) {
+        pthread_mutex_unlock(&loop->door);
+        return false;
+    }
+    loop->borrowed_out = true;
+    read_clocks(loop);
+    return true;
+}
+
+void
+pf_loop_return(pf_loop *loop)
+{
+    settle(loop, true);
+    bool due = pf_loop_ready(loop) || loop->notices.count > 0
+               || next_deadline(loop) < loop->asleep_until;
+    loop->borrowed_out = false;
+    pthread_mutex_unlock(&loop->door);
+    if (due)
+        pf_loop_wake(loop);
 }
 
 int
@@ -1007,6 +1070,7 @@ pf_loop_free(pf_loop *loop)
 {
     if (!loop->closed || loop->row->stats.lent > 0 || loop->nreleased > 0)
         return PF_ERR_STATE;
+    end_quarantine(loop);
     free_lists(loop);
     pf__peers_close(&loop->peers);
     free(loop->released);
@@ -1015,6 +1079,7 @@ pf_loop_free(pf_loop *loop)
     free(loop->spill_dir);
     for (int i = 0; i < PF__REPEATS; i++)
         free(loop->repeats[i]);
+    pthread_mutex_destroy(&loop->door);
     free(loop);
     return 0;
 }

@@ -2,8 +2,8 @@
  *
  * The core owns sockets, connections, timers and bytes; its caller owns policy. Calls
  * go down, events come up as return values: the core never calls back, never prints,
- * never exits. One pf_loop belongs to one thread at a time; the single call that any
- * thread may make at any moment is pf_loop_wake(). Calls marked "sleeps" may block and
+ * never exits. One pf_loop belongs to one thread at a time; the calls that any thread
+ * may make at any moment are pf_loop_wake() and pf_loop_borrow(). Calls marked "sleeps" may block and
  * should be made without the caller's locks (in Python: without the GIL); no other
  * call makes a system call that waits.
  *
@@ -443,6 +443,12 @@ int pf_loop_wait(pf_loop *loop, pf_event *events, int max, int timeout_ms);
          0 also when only notices have come. */
 int pf_loop_flush(pf_loop *loop); /* send what is queued now, without waiting */
 int pf_loop_wake(pf_loop *loop);  /* any thread, any signal handler: end the wait */
+void pf_loop_share(pf_loop *loop); /* from now on it can be borrowed; before its threads */
+bool pf_loop_borrow(pf_loop *loop); /* any thread: if its own thread sleeps in
+      pf_loop_wait() the loop belongs to the caller until pf_loop_return(), and who wakes
+      meanwhile waits for that. false: its thread is at work, or it is borrowed */
+void pf_loop_return(pf_loop *loop); /* sends what is queued, and wakes the loop's thread
+                                       if there is something for it to do or to tell */
 int pf_loop_fileno(pf_loop *loop); /* an fd that is readable when pf_loop_wait(.., 0)
       would find something, timers included; arms the timer fd, so call it to embed the
       loop in another. A queued answer is not sent by itself then: call wait. */

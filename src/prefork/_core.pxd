@@ -228,6 +228,9 @@ cdef extern from "prefork.h" nogil:
     int64_t pf_loop_touch(pf_loop *loop)
     int64_t pf_loop_now(const pf_loop *loop)
     int pf_loop_wake(pf_loop *loop)
+    void pf_loop_share(pf_loop *loop)
+    bint pf_loop_borrow(pf_loop *loop)
+    void pf_loop_return(pf_loop *loop)
     int pf_loop_fileno(pf_loop *loop)
     bint pf_loop_ready(const pf_loop *loop)
     int pf_loop_wake_fileno(pf_loop *loop)
@@ -350,6 +353,7 @@ cdef class Loop:
     cdef int count     # of events in the batch at hand
     cdef bint asleep   # its thread is at work without the GIL
     cdef object calls  # what other threads ask this loop's thread to do
+    cdef bint called   # there may be some
     cdef Scoreboard board  # kept open while the loop counts there
     cdef object desk   # who knows more about requests than they do themselves
     cdef public object trust  # who knows what the word of a proxy means, or None
@@ -360,6 +364,10 @@ cdef class Loop:
     cdef int64_t touch(self)
     cdef int64_t now(self)
     cdef object run_calls(self)
+    cdef int share(self) except -1
+    cdef bint borrow(self)
+    cdef void give_back(self) noexcept
+    cdef int leave_word(self, function, tuple arguments) except -1
 
 cdef class Request:
     cdef pf_request *loan     # NULL once the loan has ended

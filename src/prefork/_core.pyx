@@ -601,6 +601,7 @@ cdef class Loop:
         while self.calls:
             function, arguments = self.calls.popleft()
             function(*arguments)
+        self.called = False
 
     def shut(self):
         """Close all connections and descriptors; may be repeated."""
@@ -663,7 +664,40 @@ cdef class Loop:
     def call(self, function, *arguments):
         """Have the loop's thread call function soon. Any thread may call this."""
         self.calls.append((function, arguments))
+        self.called = True
         check(pf_loop_wake(self.opened()))
+
+    cdef int share(self) except -1:
+        """From now on other threads may borrow the loop while its own one sleeps."""
+        pf_loop_share(self.opened())
+        return 0
+
+    cdef bint borrow(self):
+        """Whether the loop is the caller's until give_back(): its thread sleeps.
+
+        The sleeper has set `asleep` and let go of the GIL, which we hold. Who has asked
+        it for something before comes first.
+        """
+        if not self.asleep or self.called or not pf_loop_borrow(self.handle):
+            return False
+        self.asleep = False
+        return True
+
+    cdef void give_back(self) noexcept:
+        """What was queued is sent, and the loop's thread sleeps on or is woken."""
+        self.asleep = True
+        pf_loop_return(self.handle)
+        if self.called:  # by somebody who took the sleeper for awake
+            pf_loop_wake(self.handle)
+
+    cdef int leave_word(self, function, tuple arguments) except -1:
+        """call() for a loop whose thread looks at its calls before it sleeps: one that
+        is awake is not woken."""
+        self.calls.append((function, arguments))
+        self.called = True
+        if self.asleep:
+            check(pf_loop_wake(self.opened()))
+        return 0
 
     def flush(self):
         """Send what is queued now, without waiting."""

@@ -175,6 +175,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.check_fork(error)
         if self.leave():
             self.settle(request, result, error)
+        elif type(result) is bytes or type(result) is str:
+            self.deliver(self.settle, request, result, error)
         else:
             self.post(self.settle, request, result, error)
         return 0
@@ -187,11 +189,10 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         if not request.answered:
             self.perform_in_crew(request)
 
-    def settle(self, _core.Request request, result, error):
+    cpdef settle(self, _core.Request request, result, error):
         """A handler has returned or raised."""
         if request.loan is NULL:
             return
-        self.loop.touch()
         try:
             if error is not None:
                 raise error

@@ -490,7 +490,7 @@ cdef class Answer:
         if self.error is not None:
             raise self.error
         if not dispatcher.leads():
-            dispatcher.post(self.hint_posted, fields)
+            dispatcher.deliver(self.hint_posted, fields)
             return 0
         dispatcher.leave()
         try:
@@ -631,7 +631,7 @@ cdef class Answer:
             full = self.posted + self.pending >= HIGH_WATER
             if full:
                 self.close_gate()
-            dispatcher.post(self.write_posted, data)
+            dispatcher.deliver(self.write_posted, data)
         else:
             dispatcher.leave()
             try:
@@ -727,7 +727,7 @@ cdef class Answer:
             raise self.error
         self.close_gate()
         if not dispatcher.leads():
-            dispatcher.post(self.want_body_now)
+            dispatcher.deliver(self.want_body_now)
         else:
             dispatcher.leave()
             try:
@@ -780,7 +780,7 @@ cdef class Answer:
         cdef Dispatcher dispatcher = self.dispatcher
         self.parts = None
         if not dispatcher.leave():
-            dispatcher.post(self.end_now, body, error)
+            dispatcher.deliver(self.end_now, body, error)
             self.clean_up()
             return 0
         try:
