@@ -3,29 +3,36 @@
 BIG = b"x" * (1 << 20)
 
 
-def _start(length):
-    return {
-        "type": "http.response.start",
-        "status": 200,
-        "headers": [
-            (b"content-type", b"text/plain; charset=utf-8"),
-            (b"content-length", length),
-        ],
-    }
-
-
-async def _answer(scope, send, length, body):
-    if scope["type"] == "http":
-        await send(_start(length))
-        await send({"type": "http.response.body", "body": body})
-
-
 async def app(scope, receive, send):
-    await _answer(scope, send, b"13", b"Hello, World!")
+    if scope["type"] != "http":
+        return
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"content-length", b"13"),
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": b"Hello, World!"})
 
 
 async def big(scope, receive, send):
-    await _answer(scope, send, b"1048576", BIG)
+    if scope["type"] != "http":
+        return
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"content-length", b"1048576"),
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": BIG})
 
 
 async def echo(scope, receive, send):

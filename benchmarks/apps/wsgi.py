@@ -3,18 +3,17 @@
 BIG = b"x" * (1 << 20)
 
 
-def _headers(length):
-    return [
-        ("Content-Type", "text/plain; charset=utf-8"),
-        ("Content-Length", length),
-    ]
-
-
 def app(environ, start_response):
-    start_response("200 OK", _headers("13"))
+    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", "13")]
+    start_response("200 OK", headers)
     return [b"Hello, World!"]
 
 
 def big(environ, start_response):
-    start_response("200 OK", _headers("1048576"))
+    length = str(len(BIG))
+    headers = [
+        ("Content-Type", "text/plain; charset=utf-8"),
+        ("Content-Length", length),
+    ]
+    start_response("200 OK", headers)
     return [BIG]
