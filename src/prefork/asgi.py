@@ -193,7 +193,7 @@ class AsgiDesk(LoopDesk):
         core: _core.Loop,
         hooks: Hooks,
         logger: log.Logger,
-        factory: eventloop.Factory = asyncio.new_event_loop,
+        factory: eventloop.Factory = eventloop.core_loop,
         manners: Manners | None = None,
     ) -> None:
         app = as_coroutine(app)

@@ -686,9 +686,10 @@ class BodyStream:
 class LoopDesk(Desk):
     """Serves on the worker's event loop.
 
-    The core's poller sits inside it as one fd, timers included: nothing polls, and an
-    idle worker sleeps. A handler starts in the same turn as its request arrives (eager
-    tasks, Python 3.12 and later) and becomes a task that waits only if it must.
+    asyncio's own loop waits in the core (eventloop.CoreSelector); inside any other the
+    core's poller sits as one fd, timers included. Nothing polls, and an idle worker
+    sleeps. A handler starts in the same turn as its request arrives (eager tasks,
+    Python 3.12 and later) and becomes a task that waits only if it must.
     """
 
     def __init__(
@@ -697,7 +698,7 @@ class LoopDesk(Desk):
         core: _core.Loop,
         hooks: Hooks,
         logger: log.Logger,
-        factory: eventloop.Factory = asyncio.new_event_loop,
+        factory: eventloop.Factory = eventloop.core_loop,
     ) -> None:
         super().__init__(handler, core, hooks, logger)
         self.factory = factory
@@ -712,11 +713,19 @@ class LoopDesk(Desk):
         self.loop = asyncio.get_running_loop()
         self.context = contextvars.copy_context()
         self.stopped = self.loop.create_future()
-        self.loop.add_reader(self.core.fileno(), self.pump)
+        selector = eventloop.core_selector_of(self.loop)
+        if selector is None:
+            self.loop.add_reader(self.core.fileno(), self.pump)
+        else:
+            selector.attach(self.turn, self.watch)
+            self.scheduled = True  # for ever: the core turns whenever the loop does
         try:
             await self.live(start)
         finally:
-            self.loop.remove_reader(self.core.fileno())
+            if selector is None:
+                self.loop.remove_reader(self.core.fileno())
+            else:
+                selector.detach(self.unwatch)
 
     async def live(self, start: Callable[[], object]) -> None:
         """What main() does while the core's poller is watched."""
@@ -733,11 +742,10 @@ class LoopDesk(Desk):
             self.scheduled = True
             self.loop.call_soon(self.pump, context=self.context)
 
-    def pump(self) -> None:
-        """One turn of the core, which never sleeps here."""
-        self.scheduled = False
+    def turn(self, timeout_ms: int) -> None:
+        """One turn of the core; what it raises ends the server."""
         try:
-            self.dispatcher.turn(0)
+            self.dispatcher.turn(timeout_ms)
             if self.has_notices:
                 self.take_notices()
         except BaseException as error:
@@ -746,6 +754,11 @@ class LoopDesk(Desk):
             return
         if self.dispatcher.drained and not self.stopped.done():
             self.stopped.set_result(None)
+
+    def pump(self) -> None:
+        """One turn of the core, which never sleeps here."""
+        self.scheduled = False
+        self.turn(0)
         self.core.fileno()  # arms the timer
         if self.core.ready:
             self.schedule()
