@@ -36,7 +36,7 @@ class CoreSelector(selectors.BaseSelector):
     def attach(
         self, turn: Callable[[int], object], watch: Callable[[int, Any], object]
     ) -> None:
-        """turn(timeout_ms) waits from now on; watch(fd, callback) has it watch an fd."""
+        """turn(timeout_ms) waits from now on; watch(fd, callback) lets it watch one."""
         self.turn = turn
         watch(self.others.fileno(), self.on_others)
 
