@@ -110,7 +110,7 @@ def run_wrk(scenario: Scenario, target: Target) -> Sample:
     return Sample(
         requests=_number(r"(\d+) requests in", done.stdout),
         usage=cpu.between(before, after),
-        errors=_errors(done.stdout),
+        errors=errors(done.stdout),
         p50_us=_latency("50", done.stdout),
         p99_us=_latency("99", done.stdout),
         pss_before=pss_before,
@@ -130,7 +130,7 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _errors(text: str) -> int:
+def errors(text: str) -> int:
     """Connections that broke, requests that timed out, answers that were not 2xx."""
     match = re.search(r"Socket errors: (.*)", text)
     broken = sum(map(int, re.findall(r"\d+", match[1]))) if match else 0

@@ -527,6 +527,7 @@ bool pf__conn_keeps(const pf_conn *conn); /* may the connection outlive this ans
 typedef struct pf__listener {
     pf__source source;
     struct pf__listener *next;
+    bool shared;  /* between workers, by its kind */
     bool adopted; /* of a vacant slot: fd is ours */
     uint32_t slot;
 } pf__listener;

@@ -27,6 +27,7 @@ enum {
     MANY = 128,           /* connections, of which a smaller part is too many */
     BALANCE_MS = 100,     /* between two looks at the others' loads */
     BALANCE_SCAN = 256,   /* connections looked at for quiet ones */
+    LATELY_MS = 128,      /* in which connections that are gone count, too */
     SAMPLE = 4,           /* other workers compared with for each connection */
     STUCK_MS = 100,       /* in one turn: no connection is passed to such a worker */
     LATE_MS = 250,        /* how long a drain accepts what is still on its way */
@@ -215,6 +216,16 @@ is_tcp(int fd)
     return domain == AF_INET || domain == AF_INET6;
 }
 
+/* Between workers, as none is that has others beside it at its address. */
+static bool
+is_shared(int fd)
+{
+    int reuseport = 0;
+    socklen_t len = sizeof reuseport;
+    getsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &reuseport, &len);
+    return reuseport == 0;
+}
+
 static int
 set_nonblocking(int fd)
 {
@@ -244,7 +255,8 @@ add_listener(pf_loop *loop, const pf__listener *like)
 int
 pf_loop_listen(pf_loop *loop, int fd)
 {
-    pf__listener like = {.source = {.kind = PF__SOURCE_LISTENER, .fd = fd}};
+    pf__listener like = {.source = {.kind = PF__SOURCE_LISTENER, .fd = fd},
+                         .shared = is_shared(fd)};
     if (is_tcp(fd))
         set_inherited_options(loop, fd);
     int rc = set_nonblocking(fd);
@@ -326,9 +338,18 @@ admission(pf_loop *loop, const pf__origin *origin)
     return rc == 0 ? 0 : rc > 0 ? PF_ERR_CONNECTIONS_PER_IP : PF_ERR_CONNECTIONS;
 }
 
+/* Connections that a worker has taken in since the clock's last multiple of LATELY_MS. */
+static uint32_t
+taken_lately(const pf_loop *loop, const pf_row *row)
+{
+    return row->taken_at == (uint32_t)(loop->now / LATELY_MS) ? row->taken : 0;
+}
+
 static void
 take_in(pf_loop *loop, int fd, const pf__origin *origin)
 {
+    loop->row->taken = taken_lately(loop, loop->row) + 1;
+    loop->row->taken_at = (uint32_t)(loop->now / LATELY_MS);
     int refusal = admission(loop, origin);
     if (refusal != 0 && loop->turned_away >= REFUSED_MAX) {
         loop->row->stats.refused++;
@@ -341,7 +362,9 @@ take_in(pf_loop *loop, int fd, const pf__origin *origin)
 /* ---- an even load -------------------------------------------------------------------
  * The kernel wakes some worker for a connection, or hashes it to one, and neither knows
  * how many each has already. So a worker that has accepted clearly more than another
- * passes the connection on, before it has read a byte of it.
+ * passes the connection on, before it has read a byte of it. Connections that end with
+ * their first answer hardly show in how many there are: of those, who has taken in more
+ * lately gives some to who has less to do.
  */
 static bool
 takes_more(const pf_loop *loop, const pf_row *row)
@@ -400,18 +423,25 @@ tolerated(uint32_t load)
     return load < MANY ? CROWDED : 2 + load / MANY;
 }
 
+static bool
+is_ahead(const pf_loop *loop, const pf_row *row)
+{
+    uint32_t taken = taken_lately(loop, row);
+    return taken_lately(loop, loop->row) > taken + taken / 16 + CROWDED;
+}
+
 /* A worker that should have some of ours, or NULL. */
 static pf_row *
 less_loaded(pf_loop *loop)
 {
     uint32_t own = loop->row->stats.connections;
-    if (PF__LIKELY(loop->board == NULL || own <= CROWDED || loop->draining))
+    if (PF__LIKELY(loop->board == NULL || own == 0 || loop->draining))
         return NULL;
     pf_row *row = idler(loop);
     if (row == NULL)
         return NULL;
     uint32_t load = load_of(row);
-    return own > load + tolerated(load) ? row : NULL;
+    return own > load + (is_ahead(loop, row) ? 0 : tolerated(load)) ? row : NULL;
 }
 
 static bool
@@ -492,6 +522,30 @@ accept_some(pf_loop *loop, pf__listener *listener, int max)
         }
         return;
     }
+}
+
+/* Of those that sleep the kernel wakes who has waited longest for this listener, and
+ * goes on waking it as long as it sleeps again in time. Who is ahead lines up anew. */
+static void
+line_up(pf_loop *loop, pf__listener *listener)
+{
+    if (loop->board == NULL || !listener->shared || !listener->source.registered)
+        return;
+    pf_row *row = idler(loop);
+    if (row == NULL || !is_ahead(loop, row))
+        return;
+    pf__poller_remove(&loop->poller, &listener->source);
+    if (pf__poller_add_listener(&loop->poller, &listener->source) < 0)
+        loop->accept_again = loop->now + PAUSE_MS;
+}
+
+static void
+heed_listener(pf_loop *loop, pf__listener *listener)
+{
+    if (!listener->source.registered)
+        return; /* paused by an earlier one of this batch */
+    accept_some(loop, listener, ACCEPTS_MAX);
+    line_up(loop, listener);
 }
 
 /* No new handshake begins here: pf_socket_quiesce() has attached its filter. */
@@ -784,8 +838,7 @@ dispatch(pf_loop *loop, const pf__readiness *ready, pf_event *event)
         pf__conn_event((pf_conn *)source, ready->events);
         return 0;
     case PF__SOURCE_LISTENER:
-        if (source->registered)
-            accept_some(loop, (pf__listener *)source, ACCEPTS_MAX);
+        heed_listener(loop, (pf__listener *)source);
         return 0;
     case PF__SOURCE_WAKE:
         heed_wake(loop);

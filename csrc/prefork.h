@@ -304,7 +304,7 @@ typedef struct pf_row {
     char mailbox[15];
     pf_loop_stats stats;
     uint64_t latency[PF_LATENCY_BUCKETS]; /* requests by time from head to answer */
-    uint64_t reserved[1];
+    uint32_t taken, taken_at;             /* connections of late, and when that was */
 } pf_row;
 
 int pf_scoreboard_open(pf_scoreboard **out, uint32_t rows);

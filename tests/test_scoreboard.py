@@ -188,6 +188,20 @@ def test_connections_come_to_be_spread_evenly(fleet, count, reuseport):
     one.until(lambda: sum(one.held) == 400 and max(one.held) <= most * min(one.held))
 
 
+def test_connections_that_end_at_once_are_spread_evenly_too(fleet, board):
+    one = fleet(2)
+    for _ in range(10):
+        one.connect(16)
+        for client in one.clients[-16:]:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        one.until(lambda: sum(one.held) == 16)
+        for client in one.clients[-16:]:
+            client.close()
+        one.until(lambda: sum(one.held) == 0)
+    accepted = [board.row(row)["accepted"] for row in one.rows]
+    assert sum(accepted) == 160 and max(accepted) <= 1.2 * min(accepted)
+
+
 def test_quiet_connections_move_to_a_worker_that_has_come_late(fleet, board):
     one = fleet(1)
     one.connect(60)
