@@ -1,14 +1,15 @@
 """How evenly workers share the load: `python benchmarks/evenness.py`.
 
-Two and four workers (--workers) serve 512 connections (--connections) that wrk makes, for
-a minute each (--seconds), from one shared socket and from a socket for each slot:
+Two and four workers (--workers) serve 512 connections (--connections) that wrk makes,
+for a minute each (--seconds), from one shared socket and from a socket for each slot:
 
     kept    each connection carries request after request
     new     each carries one
 
-Told are the requests that each worker has counted in its row of the scoreboard, and the
-most by the least: 1.1 is the bound for two workers, 1.2 for more. Exits with 1 if one is
-missed. The app runs as `evenness.py --serve`, in a process of its own.
+Told are the requests that each worker has counted in its row of the scoreboard, the
+most by the least, and the connections that each held amid. 1.1 is the bound for
+two workers, 1.2 for more; exits with 1 if it is missed. The app runs as `evenness.py
+--serve`, in a process of its own.
 """
 
 from __future__ import annotations

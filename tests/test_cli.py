@@ -273,6 +273,68 @@ def test_an_app_that_raises_shows_its_own_traceback_and_4(run, tmp_path, source,
     assert "importlib" not in program.stderr and "worker.py" not in program.stderr
 
 
+# ---- Signals that come before there is a master --------------------------------------
+
+LOADING = """
+    import os
+
+    if os.path.exists("gate"):
+        print("loading", flush=True)
+        open("gate").read()
+
+    from hello import app
+"""
+
+
+def loading(run: Run, tmp_path: Path, *arguments: str) -> Program:
+    """A program whose app waits at a gate while it is imported."""
+    (tmp_path / "loading.py").write_text(textwrap.dedent(LOADING))
+    os.mkfifo(tmp_path / "gate")
+    program = run("loading:app", "--bind", f"unix:{tmp_path}/sock", "-w1", *arguments)
+    program.until("loading")
+    return program
+
+
+def open_gate(tmp_path: Path) -> None:
+    with (tmp_path / "gate").open("w"):
+        (tmp_path / "gate").unlink()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT"])
+def test_a_signal_that_stops_does_so_while_the_app_is_loaded(run, tmp_path, name):
+    program = loading(run, tmp_path)
+    program.signal(getattr(signal, name))
+    assert program.wait() == 0
+    assert program.stderr == f"prefork: {name}: stopped"
+
+
+def test_hup_while_the_app_is_loaded_is_a_reload_when_it_serves(run, tmp_path):
+    program = loading(run, tmp_path)
+    program.signal(signal.SIGHUP)
+    open_gate(tmp_path)
+    program.until_logged("serving on")
+    program.until_logged("reloaded 1 workers, generation 2")
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+def test_ttin_while_the_app_is_loaded_is_one_worker_more_when_it_serves(run, tmp_path):
+    program = loading(run, tmp_path)
+    program.signal(signal.SIGTTIN)
+    open_gate(tmp_path)
+    program.until_logged("scaling from 1 to 2 workers")
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+@pytest.mark.parametrize("arguments", [["--no-preload"], ["--spawn", "exec"]])
+def test_a_worker_that_loads_the_app_is_ended_by_its_master(run, tmp_path, arguments):
+    program = loading(run, tmp_path, *arguments)
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+    assert "SIGTERM: stopping" in program.stderr
+
+
 # ---- Mistakes: 3, 5, 6 ---------------------------------------------------------------
 
 

@@ -10,13 +10,15 @@ the app's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import signal
 import socket
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -160,7 +162,7 @@ def _version() -> str:
 
 def _command(
     config: str | None, check_config: bool, print_config: bool, **values: Any
-) -> None:
+) -> int:
     given = {name: value for name, value in values.items() if value not in (None, ())}
     path = config or os.environ.get("PREFORK_CONFIG")
     file = configfile.read(path) if path else configfile.find()
@@ -169,7 +171,8 @@ def _command(
     elif check_config:
         _check_config(given, file)
     else:
-        _serve(_configured(given, file))
+        return _serve(_configured(given, file))
+    return 0
 
 
 def _print_config(given: Mapping[str, Any], file: configfile.File | None) -> None:
@@ -193,13 +196,67 @@ def _check_config(given: Mapping[str, Any], file: configfile.File | None) -> Non
     click.echo(f"prefork: {what} in order")
 
 
-def _serve(config: Config) -> None:
+def _serve(config: Config) -> int:
     log.error_logger(config.logger, config.log_level)
+    try:
+        with _early_signals() as kept:
+            _supervise(config, kept)
+    except Stopped as stopped:
+        return _tell(f"{stopped}: stopped", 0)
+    return 0
+
+
+def _supervise(config: Config, kept: Sequence[int]) -> None:
     from prefork.master import Prefork
 
     early = config.preload and config.spawn == "fork"
     server = _server(config) if early else Deferred(config)
-    Prefork(server, **config.keywords(PREFORK)).listen_and_serve(config.bind)
+    prefork = Prefork(server, **config.keywords(PREFORK))
+
+    def deliver(pids: list[int]) -> None:
+        for number in kept:
+            os.kill(os.getpid(), number)
+
+    prefork.on_master_ready = deliver
+    prefork.listen_and_serve(config.bind)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked for the end when nothing had been started."""
+
+
+@contextlib.contextmanager
+def _early_signals() -> Iterator[list[int]]:
+    """Handle signals while the app is loaded, and there is no master that does so.
+
+    Some stop that; the others are kept for the master. What is ignored stays so.
+    """
+    kept: list[int] = []
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Stopped(signal.Signals(number).name)
+
+    def keep(number: int, frame: object) -> None:
+        kept.append(number)
+
+    handlers: dict[int, Any] = (
+        {}
+        if worker.is_child()
+        else {
+            **dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGQUIT), stop),
+            **dict.fromkeys((signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU), keep),
+        }
+    )
+    old = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in old.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handlers[number])
+    try:
+        yield kept
+    finally:
+        for number, handler in old.items():
+            if handler is not None:  # None: not installed by Python
+                signal.signal(number, handler)
 
 
 def _server(config: Config) -> Any:
