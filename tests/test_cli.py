@@ -300,6 +300,7 @@ def open_gate(tmp_path: Path) -> None:
         (tmp_path / "gate").unlink()
 
 
+@pytest.mark.contract("better: signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT"])
 def test_a_signal_that_stops_does_so_while_the_app_is_loaded(run, tmp_path, name):
     program = loading(run, tmp_path)
@@ -308,6 +309,7 @@ def test_a_signal_that_stops_does_so_while_the_app_is_loaded(run, tmp_path, name
     assert program.stderr == f"prefork: {name}: stopped"
 
 
+@pytest.mark.contract("better: signals")
 def test_hup_while_the_app_is_loaded_is_a_reload_when_it_serves(run, tmp_path):
     program = loading(run, tmp_path)
     program.signal(signal.SIGHUP)

@@ -447,6 +447,7 @@ def test_exits_older_than_the_window_are_forgotten(start):
     stop(program)
 
 
+@pytest.mark.contract("better: exits")
 def test_without_a_window_exits_count_for_life(start):
     program = start("""
         run(workers=1, recover_threshold=1, recover_window=None, recover_interval=0.1)
@@ -842,6 +843,7 @@ def test_quit_to_the_whole_group_is_no_crash(start):
     assert program.events("returned")
 
 
+@pytest.mark.contract("better: signals")
 def test_a_stop_while_workers_boot_is_orderly(start):
     program = start("""
         class Slow(Drainer):
@@ -1308,6 +1310,26 @@ def test_a_logger_with_printf_hears_everything(start):
     assert lines[-1] == "log stopped" and program.stderr == ""
 
 
+@pytest.mark.contract("New", "Logger")
+def test_a_server_s_logger_is_its_master_s_too(start):
+    program = start("""
+        from prefork import Server
+        class Printer:
+            def printf(self, fmt, *args):
+                say("log", fmt % args)
+        def app(request):
+            raise ValueError("no")
+        run(server=Server(app, logger=Printer()), workers=1)
+    """)
+    address, _ = ready(program)
+    ask(address, b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    stop(program)
+    lines = [" ".join(line) for line in program.events("log")]
+    assert any("serving on 127.0.0.1:" in line for line in lines)
+    assert any("GET /" in line for line in lines)
+    assert lines[-1] == "log stopped" and program.stderr == ""
+
+
 @pytest.mark.contract("Logger")
 def test_a_logging_logger_is_used_as_it_is(start):
     program = start("""
@@ -1325,6 +1347,7 @@ def test_a_logging_logger_is_used_as_it_is(start):
     assert program.events("log")[-1] == ["log", "stopped"] and program.stderr == ""
 
 
+@pytest.mark.contract("Logger")
 def test_logging_configured_by_the_app_does_not_silence_the_master(start):
     program = start("""
         import logging.config

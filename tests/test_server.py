@@ -1032,6 +1032,7 @@ def test_a_signal_lets_what_is_under_way_finish(start, number, app, early):
     ends(program)
 
 
+@pytest.mark.contract("better: drain")
 @pytest.mark.parametrize("app", ["echo", "echo_async"])
 def test_a_signal_leaves_an_idle_connection_one_more_request(start, app):
     program = start(f"run({app}, drain_idle=60)")
@@ -1044,6 +1045,7 @@ def test_a_signal_leaves_an_idle_connection_one_more_request(start, app):
     ends(program)
 
 
+@pytest.mark.contract("better: drain")
 @pytest.mark.parametrize("app", ["echo", "echo_async"])
 def test_a_signal_closes_idle_connections_after_drain_idle(start, app):
     program = start(f"run({app}, drain_idle=0.1)")

@@ -114,6 +114,8 @@ class Prefork:
         self._number, self._runs = next(_made), 0
         for name, value in config.keywords(PREFORK).items():
             setattr(self, name, value)
+        if self.logger is None:
+            self.logger = getattr(server, "logger", None)
 
     @property
     def workers(self) -> tuple[Worker, ...]:

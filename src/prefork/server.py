@@ -164,6 +164,12 @@ class Server:
         self._draining = self._once = False
         self._lock = threading.Lock()
 
+    @property
+    def logger(self) -> log.Logger | log.Printer | None:
+        """What it was given to log to; its master takes it if it has none itself."""
+        given: log.Logger | log.Printer | None = self.config.logger
+        return given
+
     def listen_and_serve(
         self,
         addr: str | Iterable[str] | None = None,
