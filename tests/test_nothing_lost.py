@@ -187,6 +187,7 @@ def stream_while(change, reuseport: bool) -> Stream:
 def test_nobody_notices_planned_changes_of_workers(change, reuseport):
     stream = stream_while(change, reuseport)
     assert stream.answers > 0.8 * SECONDS * RATE
+    assert stream.overslept < 0.1 * stream.answers
     assert stream.troubles == []
     assert stream.slowest < 1.0
 
