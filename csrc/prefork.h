@@ -556,6 +556,11 @@ int pf_request_set_length(pf_request *request, uint64_t length); /* of the body,
 int64_t pf_request_length(const pf_request *request); /* as announced; -1: unknown */
 int pf_request_field(pf_request *request, const char *name, size_t name_len,
                      const char *value, size_t value_len); /* copies */
+int pf_response_check_line(int status, const char *reason, size_t reason_len);
+int pf_response_check_field(const char *name, size_t name_len, const char *value,
+                            size_t value_len); /* whether an answer may have this status
+      line, this field, whatever else it has: 0 or what pf_request_begin_line() and
+      pf_request_field() would say. Any thread */
 int pf_request_write(pf_request *request, const char *data, size_t len); /* copies */
 int pf_request_write_ref(pf_request *request, const char *data, size_t len, void *ref);
       /* borrows data until RELEASED with ref; an error leaves it to the caller. For

@@ -177,16 +177,24 @@ has_no_body(const pf__answer *a)
 }
 
 int
+pf_response_check_line(int status, const char *reason, size_t reason_len)
+{
+    if (status < 200 || status > 999)
+        return PF_ERR_APP_STATUS;
+    if (reason != NULL && pf__scan_value(reason, reason_len) != reason_len)
+        return PF_ERR_APP_REASON;
+    return 0;
+}
+
+int
 pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
                    const char *reason, size_t reason_len, int64_t length)
 {
     if (a->flags & PF__ANSWER_BEGUN)
         return PF_ERR_STATE;
-    if (status < 200 || status > 999)
-        return PF_ERR_APP_STATUS;
-    if (reason != NULL && pf__scan_value(reason, reason_len) != reason_len)
-        return PF_ERR_APP_REASON;
-    int rc = pf__buffer_reserve(pool, out, STATUS_LINE_MAX + reason_len);
+    int rc = pf_response_check_line(status, reason, reason_len);
+    if (rc == 0)
+        rc = pf__buffer_reserve(pool, out, STATUS_LINE_MAX + reason_len);
     if (rc < 0)
         return rc;
     a->mark = out->len;
@@ -248,17 +256,38 @@ note_field(pf__answer *a, const char *name, size_t name_len, const char *value,
     }
 }
 
-int
-pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *name,
-                   size_t name_len, const char *value, size_t value_len)
+/* What can be said of a field without its answer. */
+static int
+check_field(const char *name, size_t name_len, const char *value, size_t value_len)
 {
     if (name_len == 0 || pf__scan_token(name, name_len) != name_len)
         return PF_ERR_APP_FIELD_NAME;
     if (pf__scan_value(value, value_len) != value_len)
         return PF_ERR_APP_FIELD_VALUE;
+    return 0;
+}
+
+int
+pf_response_check_field(const char *name, size_t name_len, const char *value,
+                        size_t value_len)
+{
+    pf__answer alone = {.length = -1};
+    int rc = check_field(name, name_len, value, value_len);
+    if (rc == 0)
+        rc = note_field(&alone, name, name_len, value, value_len);
+    return rc < 0 ? rc : 0;
+}
+
+int
+pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *name,
+                   size_t name_len, const char *value, size_t value_len)
+{
+    int rc = check_field(name, name_len, value, value_len);
+    if (rc < 0)
+        return rc;
     if ((a->flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED)) != PF__ANSWER_BEGUN)
         return PF_ERR_STATE;
-    int rc = note_field(a, name, name_len, value, value_len);
+    rc = note_field(a, name, name_len, value, value_len);
     if (rc != 0)
         return rc < 0 ? rc : 0;
     rc = pf__buffer_reserve(pool, out, name_len + value_len + 4);

@@ -33,7 +33,7 @@ from live import (
 from programs import ask
 from runs import ready, stop
 
-from prefork import ClientDisconnected, ConfigError, Server
+from prefork import ClientDisconnected, ConfigError, ProtocolError, Server
 
 # The validator complains in __del__ about what nobody has closed.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -904,6 +904,40 @@ def test_start_response_returns_write(wsgi):
     assert callable(returned[0])
 
 
+@pytest.mark.parametrize(
+    ("status", "field", "error"),
+    [
+        ("abc", PLAIN, ProtocolError),
+        ("100 Continue", PLAIN, ProtocolError),
+        ("200 a\nb", PLAIN, ProtocolError),
+        ("200 \u20ac", PLAIN, ProtocolError),
+        ("200 OK", ("X-Mine", "a\nb"), ProtocolError),
+        ("200 OK", ("X-Mine", "\u20ac"), ProtocolError),
+        ("200 OK", ("X Mine", "v"), ProtocolError),
+        ("200 OK", ("Upgrade", "websocket"), ProtocolError),
+        ("200 OK", ("Content-Length", "+5"), ProtocolError),
+        ("200 OK", ("X-Mine", 5), TypeError),
+        ("200 OK", ("X-Mine",), ValueError),
+    ],
+)
+def test_what_is_wrong_with_a_head_is_raised_in_the_app_s_own_call(
+    wsgi, status, field, error
+):
+    raised = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        try:
+            start_response(status, [PLAIN, field])
+        except error as wrong:
+            raised.append(wrong)
+            start_response("503 Mine", [PLAIN])
+        return [b"hi"]
+
+    answer = wsgi(app, strict=False).ask()
+    assert (answer.status, answer.reason, answer.body) == (503, "Mine", b"hi")
+    assert len(raised) == 1
+
+
 def test_start_response_called_twice_is_a_500(wsgi):
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [PLAIN])
@@ -1079,6 +1113,32 @@ def test_write_waits_for_a_slow_reader(wsgi):
     assert done.wait(SOON)
     assert sum(written) - live.stats()["bytes_out"] <= 2 * HIGH_WATER + 50_000
     assert logged(live) == ""
+
+
+def test_a_slow_reader_has_the_only_thread_until_the_write_timeout(serve):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        write = start_response("200 OK", [PLAIN])
+        while environ["PATH_INFO"] == "/much":
+            write(bytes(50_000))
+        return [b"hi"]
+
+    live = serve(app, write_timeout=1)
+    slow, other = live.client(receive_buffer=4096), live.client()
+    slow.send(get("/much"))
+    slow.until(b"\r\n\r\n")
+    other.send(GET)
+    assert other.is_quiet()
+    assert other.answer().body == b"hi" and logged(live) == ""
+
+
+def test_a_slow_body_behind_100_has_the_only_thread_until_the_read_timeout(serve):
+    live = serve(echo, read_timeout=1)
+    slow, other = live.client(), live.client()
+    slow.send(ANNOUNCED)
+    slow.until(b"100 Continue\r\n\r\n")
+    other.send(post(b"hello"))
+    assert other.is_quiet()
+    assert other.answer().body == b"hello" and slow.answer().status == 408
 
 
 def test_write_goes_on_when_its_reader_reads(wsgi):
@@ -1380,17 +1440,13 @@ def test_close_is_called_once_when_iter_raises(wsgi):
     assert closed_once(live, parts)
 
 
-@pytest.mark.parametrize(
-    ("status", "fields"),
-    [("200 OK", [("X", "a\nb")]), ("100 Continue", []), (200, [])],
-)
-def test_close_is_called_once_when_the_head_is_refused(wsgi, status, fields):
+@pytest.mark.parametrize("fields", [[("Content-Length", "2")] * 2, None])
+def test_close_is_called_once_when_the_head_is_refused(wsgi, fields):
     parts = Parts([b"hi"])
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
-        if status == 200:
-            return parts  # and start_response() was not called
-        start_response(status, fields)
+        if fields is not None:  # else start_response() is not called
+            start_response("200 OK", fields)
         return parts
 
     live = wsgi(app, strict=False)

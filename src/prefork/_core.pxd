@@ -303,6 +303,9 @@ cdef extern from "prefork.h" nogil:
     int64_t pf_request_length(const pf_request *request)
     int pf_request_field(pf_request *request, const char *name, size_t name_len,
                          const char *value, size_t value_len)
+    int pf_response_check_line(int status, const char *reason, size_t reason_len)
+    int pf_response_check_field(const char *name, size_t name_len, const char *value,
+                                size_t value_len)
     int pf_request_write(pf_request *request, const char *data, size_t len)
     int pf_request_write_ref(pf_request *request, const char *data, size_t len,
                              void *ref)
@@ -325,6 +328,8 @@ cdef extern from "prefork.h" nogil:
 
 cdef int check(int rc) except -1
 cdef bytes latin(object text)
+cdef int check_line(int status, bytes reason) except -1
+cdef int check_fields(list fields) except -1
 cdef bytes packed(const pf_peer *peer)
 cdef str host_of(const pf_peer *peer)
 

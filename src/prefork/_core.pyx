@@ -15,6 +15,7 @@ from sys import intern
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.list cimport PyList_GET_ITEM
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
 from cpython.unicode cimport PyUnicode_DecodeLatin1, PyUnicode_GET_LENGTH
 from libc.stdlib cimport free, malloc
@@ -1112,17 +1113,7 @@ cdef class Request:
             raise
 
     cdef int field(self, object name, object value) except -1:
-        cdef Py_ssize_t name_len = 0
-        cdef Py_ssize_t value_len = 0
-        cdef const char *n = latin_view(name, &name_len)
-        cdef const char *v = latin_view(value, &value_len)
-        cdef int rc = pf_request_field(self.lent(), n, name_len, v, value_len)
-        if rc < 0:
-            if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
-                text = pf_error_text(rc).decode("ascii")
-                raise ProtocolError(f"{text}: {name!r}: {value!r}")
-            check(rc)
-        return 0
+        return put_field(self, name, value)
 
     cdef bint reply(self, int status, list pairs, bytes body) except -1:
         """The whole answer with fields; the caller holds the only reference but one."""
@@ -1147,13 +1138,8 @@ cdef class Request:
             rc = pf_request_begin_line(self.lent(), status, PyBytes_AS_STRING(reason),
                                        PyBytes_GET_SIZE(reason), -1)
         check(rc)
-        for name, value in fields:
-            if type(name) is not str or type(value) is not str:
-                if not isinstance(name, str) or not isinstance(value, str):
-                    raise TypeError(
-                        f"a header field must be a pair of str, not {(name, value)!r}")
-                name, value = str.__str__(name), str.__str__(value)
-            self.field(name, value)
+        for pair in fields:
+            put_pair(self, pair)
         return 0
 
     cdef int plain_field(self, bytes name, bytes value) except -1:
@@ -1295,6 +1281,63 @@ cdef const char *latin_view(object text, Py_ssize_t *size) except NULL:
         size[0] = PyBytes_GET_SIZE(text)
         return PyBytes_AS_STRING(text)
     raise ProtocolError(f"a header field must be str or bytes, not {text!r}")
+
+
+cdef int put_field(Request request, object name, object value) except -1:
+    """Write a field of an answer; without a request see only whether one may have it.
+    """
+    cdef Py_ssize_t name_len = 0
+    cdef Py_ssize_t value_len = 0
+    cdef const char *n = latin_view(name, &name_len)
+    cdef const char *v = latin_view(value, &value_len)
+    cdef int rc
+    if request is None:
+        rc = pf_response_check_field(n, name_len, v, value_len)
+    else:
+        rc = pf_request_field(request.lent(), n, name_len, v, value_len)
+    if rc < 0:
+        if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
+            text = pf_error_text(rc).decode("ascii")
+            raise ProtocolError(f"{text}: {name!r}: {value!r}")
+        check(rc)
+    return 0
+
+
+cdef int put_pair(Request request, pair) except -1:
+    """The same with a pair of str."""
+    name, value = pair
+    if type(name) is not str or type(value) is not str:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(
+                f"a header field must be a pair of str, not {(name, value)!r}")
+        name, value = str.__str__(name), str.__str__(value)
+    return put_field(request, name, value)
+
+
+cdef int check_line(int status, bytes reason) except -1:
+    """Raise ProtocolError for a status line that no answer may have."""
+    return check(pf_response_check_line(status, PyBytes_AS_STRING(reason),
+                                        PyBytes_GET_SIZE(reason)))
+
+
+# Pairs that were found good: apps have many of theirs from constants, which come again.
+cdef enum:
+    GOOD_PAIRS = 64
+cdef list good_pairs = [None] * GOOD_PAIRS
+
+
+cdef int check_fields(list fields) except -1:
+    """Raise TypeError or ProtocolError for (str, str) fields that no answer may have.
+    """
+    cdef size_t place
+    for pair in fields:
+        place = (<size_t>(<void *>pair) >> 4) % GOOD_PAIRS
+        if <void *>PyList_GET_ITEM(good_pairs, place) == <void *>pair:
+            continue
+        put_pair(None, pair)
+        if type(pair) is tuple and type(pair[0]) is str and type(pair[1]) is str:
+            good_pairs[place] = pair  # nothing can change it
+    return 0
 
 
 cdef bytes latin(object text):

@@ -33,6 +33,8 @@ from prefork._core cimport (
     PF_HEAD_CHUNKED,
     PF_HEAD_IS_GET,
     Request,
+    check_fields,
+    check_line,
     latin,
     pf_field,
     pf_head,
@@ -396,6 +398,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         if status[3:4] != " " or not digits.isdecimal() or not digits.isascii():
             raise ProtocolError(f"status must be like '200 OK', not {status!r}")
         reason = latin(status[4:])
+        check_line(int(digits), reason)
         self.last_code = int(digits)
         self.last_reason = None if status == "200 OK" else reason
         self.last_status = status
@@ -461,6 +464,7 @@ cdef class Answer:
         elif self.fields is not None:
             raise AssertionError("start_response() was called twice without exc_info")
         self.dispatcher.read_status(status)
+        check_fields(headers)
         self.code, self.reason = self.dispatcher.last_code, self.dispatcher.last_reason
         self.fields = headers
         self.head = (self.code == 204 or self.code == 304

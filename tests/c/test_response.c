@@ -255,6 +255,30 @@ hop_by_hop_fields_are_the_servers(void)
     assert(out_is("HTTP/1.1 200 OK\r\n"));
 }
 
+/* An app can be told at once, before an answer is begun. */
+static void
+a_field_is_checked_alone_as_in_an_answer(void)
+{
+    static const struct {
+        const char *name, *value;
+    } fields[] = {
+        {"X-Mine", "v"},           {"", "v"},
+        {"X Mine", "v"},           {"X-Mine", "a\r\nb"},
+        {"Connection", "close"},   {"connection", "keep-alive"},
+        {"Upgrade", "h2c"},        {"Content-Length", "5"},
+        {"Content-Length", "+5"},  {"Content-Length", ""},
+        {"Transfer-Encoding", ""}, {"Content-Type", "a/b"},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const char *name = fields[i].name, *value = fields[i].value;
+        pf__answer a = {.minor = 1};
+        assert(begin(&a, 200, -1) == 0);
+        int rc = field(&a, name, value);
+        assert(pf_response_check_field(name, strlen(name), value, strlen(value)) == rc);
+        empty();
+    }
+}
+
 static void
 contradictory_lengths_are_refused(void)
 {
@@ -530,6 +554,7 @@ main(void)
     fields_of_the_app_replace_those_of_the_server();
     every_byte_of_a_field_is_checked();
     hop_by_hop_fields_are_the_servers();
+    a_field_is_checked_alone_as_in_an_answer();
     contradictory_lengths_are_refused();
     calls_out_of_order_are_refused();
     a_status_that_is_none_is_refused();
