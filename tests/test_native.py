@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from live import GET, HIGH_WATER, SOON, Answer, Endless, Held, Live, chunk, get, post
 
 from prefork import ClientDisconnected, Request, RequestError, Response
+from prefork.native import BODY_THREADS
 
 PLAIN = "text/plain; charset=utf-8"
 EXPECT = "Expect: 100-continue"
@@ -1016,6 +1018,18 @@ def test_a_slow_uploader_does_not_hold_up_other_requests(serve):
     assert slow.answer().body == b"hello"
 
 
+def test_uploads_that_stall_behind_the_100_do_not_hold_up_another(serve):
+    live = serve(echo)
+    stalled = [live.client() for _ in range(BODY_THREADS)]
+    for client in stalled:
+        client.send(ANNOUNCED)
+        client.until(b"100 Continue\r\n\r\n")
+    assert live.client().ask(ANNOUNCED, on_100=b"quick").body == b"quick"
+    for client in stalled:
+        client.send(b"hello")
+        assert client.answer().body == b"hello"
+
+
 def test_an_upload_broken_off_behind_the_100_is_quiet(serve):
     raised: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
 
@@ -1155,6 +1169,146 @@ def test_a_malformed_upload_is_a_400(serve):
     answer = live.client().ask(STREAMED + b"5\nhello\r\n")
     assert (answer.status, answer.closes) == (400, True)
     assert logged(live) == ""
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("what", ["stream", "body"])
+def test_a_body_is_not_waited_for_behind_the_handler(serve, threads, what):
+    def lazily(request: Request) -> Iterator[bytes]:
+        yield request.body
+
+    def handler(request: Request) -> Iterator[bytes]:
+        if what == "stream":
+            return (part for part in request.stream())
+        return lazily(request)
+
+    live = serve(handler, stream_request_body=True, threads=threads)
+    assert live.client().ask(STREAMED + chunk(b"he")).status == 500
+    assert "before" in live.log.until("RuntimeError")
+    assert live.ask().status == 200
+
+
+def test_a_body_is_not_waited_for_in_the_handler_of_another_request(serve):
+    held, kept = Held(), []
+
+    def handler(request: Request) -> bytes:
+        if request.method == "GET":
+            return kept[0].body
+        kept.append(request)
+        held.wait()
+        return request.body
+
+    live = serve(handler, stream_request_body=True)
+    client = live.client()
+    client.send(STREAMED)
+    assert held.begun.wait(SOON)
+    assert live.ask().status == 500 and live.log.until("RuntimeError")
+    held.let_go()
+    client.send(chunk(b"hello") + chunk(b""))
+    assert client.answer().body == b"hello"
+
+
+def test_a_helper_that_waits_for_the_body_hears_that_the_request_is_over(serve):
+    heard: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+
+    def read(request: Request) -> None:
+        try:
+            for _ in request.stream():
+                held.begun.set()
+        except Exception as error:
+            heard.put(error)
+
+    def handler(request: Request) -> bytes:
+        threading.Thread(target=read, args=[request]).start()
+        held.let_go()
+        return b"early"
+
+    held = Held()
+    client = serve(handler, stream_request_body=True).client()
+    client.send(STREAMED + chunk(b"he"))
+    assert client.answer().body == b"early"
+    assert isinstance(heard.get(timeout=SOON), (ClientDisconnected, RuntimeError))
+
+
+class Busy:
+    """Keeps the loop's thread from its work until it is let go."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+        self.held = Held()
+        live.core.call(self.held.wait)
+        assert self.held.begun.wait(SOON)
+
+    def until_called(self) -> None:
+        """Await that another thread wants something of the loop."""
+        deadline = time.monotonic() + SOON
+        while not self.live.core.ready:
+            assert time.monotonic() < deadline
+
+    def let_go(self) -> None:
+        self.held.let_go()
+
+
+def test_a_client_that_leaves_when_its_body_is_asked_for_harms_nobody(serve):
+    held, raised = Held(), []
+
+    def handler(request: Request) -> bytes:
+        if request.method == "GET":
+            return b"hi"
+        held.wait()
+        try:
+            return request.body
+        except ClientDisconnected as error:
+            raised.append(error)
+            raise
+
+    live = serve(handler, stream_request_body=True)
+    client = live.client()
+    client.send(STREAMED)
+    assert held.begun.wait(SOON)
+    busy = Busy(live)
+    held.let_go()
+    busy.until_called()
+    client.reset()
+    busy.let_go()
+    assert live.ask().body == b"hi"
+    assert logged(live) == "" and len(raised) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "amid"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_who_would_inform_hears_that_the_server_has_ended(serve, threads, when):
+    held, heard = Held(), Future()
+
+    def handler(request: Request) -> bytes:
+        if request.path == "/exit":
+            sys.exit(3)
+        held.wait()
+        try:
+            request.inform(103, [])
+        except BaseException as error:
+            heard.set_result(error)
+            raise
+        return b"hi"
+
+    live = serve(handler, stream_request_body=True, threads=threads)
+    client = live.client()
+    client.send(STREAMED)
+    assert held.begun.wait(SOON)
+    if when == "before":
+        live.client().send(get("/exit"))
+        assert isinstance(live.ended(), SystemExit)
+        held.let_go()
+    else:
+        busy = Busy(live)
+        live.core.call(sys.exit, 3)
+        held.let_go()
+        deadline = time.monotonic() + SOON
+        while not live.server._desk.dispatcher.asked:
+            assert time.monotonic() < deadline
+        busy.let_go()
+    assert isinstance(heard.result(SOON), ClientDisconnected)
+    assert isinstance(live.ended(), SystemExit)
 
 
 def test_an_exit_in_a_handler_with_a_body_on_its_way_is_a_500(serve):

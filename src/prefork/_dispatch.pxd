@@ -26,6 +26,7 @@ cdef class Dispatcher:
     cdef int count      # of its events
     cdef dict hosts     # addresses as text, by their bytes
     cdef list held      # events put aside while a handler waited
+    cdef readonly set asked      # Futures of what other threads wait for
     cdef int pid        # whose loop this is
     # Of a crew; all of it is read and written under the GIL.
     cdef readonly Crew crew     # None: one thread
@@ -45,6 +46,7 @@ cdef class Dispatcher:
     cdef int perform(self, Request request) except -1
     cdef tuple job(self, Request request)
     cdef int check_fork(self, error) except -1
+    cdef int give_up(self, asked) except -1
     cdef int next_event(self, int timeout_ms) except -1
     cdef int handle(self, pf_event *event) except -1
     cdef int dispatch(self, pf_event *event) except -1

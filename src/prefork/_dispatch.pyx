@@ -47,6 +47,7 @@ from prefork._core cimport (
     host_of,
     packed,
 )
+from prefork.errors import ClientDisconnected
 
 
 cdef extern from "Python.h":
@@ -109,6 +110,7 @@ cdef class Dispatcher:
         self.hosts = {}
         self.held = []
         self.waiting = deque()
+        self.asked = set()
         self.pid = pid
 
     # ---- One thread ----
@@ -307,18 +309,40 @@ cdef class Dispatcher:
         """An interim answer, from a handler in whichever thread it runs."""
         if self.leads():
             Request.inform(request, status, fields)
-            return
-        informed = Future()
+        else:
+            self.ask(Request.inform, request, status, fields)
 
-        def inform():
-            try:
-                Request.inform(request, status, fields)
-                informed.set_result(None)
-            except Exception as error:
-                informed.set_exception(error)
+    def ask(self, function, *arguments):
+        """Have who leads call function(), and wait for its outcome. Any other thread.
 
-        self.loop.call(inform)
-        informed.result()
+        Raises ClientDisconnected if the server ends before.
+        """
+        asked = Future()
+        self.asked.add(asked)
+        try:
+            self.loop.call(self.reply, asked, function, arguments)
+        except OSError:
+            self.give_up(asked)
+        return asked.result()
+
+    def reply(self, asked, function, arguments):
+        """What is asked for; in the thread that leads."""
+        self.asked.discard(asked)
+        try:
+            asked.set_result(function(*arguments))
+        except Exception as error:
+            asked.set_exception(error)
+
+    cdef int give_up(self, asked) except -1:
+        if asked in self.asked:
+            self.asked.discard(asked)
+            asked.set_exception(ClientDisconnected("the server has ended"))
+        return 0
+
+    def close(self):
+        """The loop was shut: whoever asked for something hears that it will not be."""
+        for asked in list(self.asked):
+            self.give_up(asked)
 
     def apart(self, request, function, then):
         """Call function() as handlers are called, then(result, error) where that leads.

@@ -482,7 +482,10 @@ class Config:
     )
     get_only: bool = _answer(False, "Only GET and HEAD, else 405.", BOOLEAN)
     stream_request_body: bool = _answer(
-        False, "Call handlers before the request body has arrived.", BOOLEAN
+        False,
+        "Call handlers before the request body has arrived; plain ones in up to 64 "
+        "threads.",
+        BOOLEAN,
     )
     no_default_server_header: bool = _answer(False, "Send no Server field.", BOOLEAN)
     no_default_date: bool = _answer(False, "Send no Date field.", BOOLEAN)

@@ -183,6 +183,7 @@ class Desk:
 
     def close(self) -> None:
         """Let go of what is still on its way; after the loop was shut."""
+        self.dispatcher.close()
         for exchange in self.threaded:
             exchange.shut()
             exchange.request.abort()
@@ -235,7 +236,12 @@ class Desk:
         return self.hooks.stream_request_body or request.expects_continue
 
     def start_early(self, request: Request) -> None:
-        Threaded(self, request)
+        """In a thread. Where all of them wait, a body that nobody wants to have in
+        pieces is taken in whole meanwhile."""
+        if len(self.threaded) < BODY_THREADS or self.hooks.stream_request_body:
+            Threaded(self, request)
+        else:
+            Gathering(self, request)
 
     def serve(self, request: Request) -> None:
         """Call the handler."""
@@ -266,7 +272,10 @@ class Desk:
             return request.exchange.read()
         if request.body_done:
             return request.take_body()
-        raise RuntimeError("the body has not arrived yet: await request.read()")
+        raise RuntimeError(
+            "the body has not arrived yet: read it before the handler returns, and an "
+            "async one by await request.read()"
+        )
 
     async def read_body(self, request: Request) -> bytes:
         return self.whole_body(request)
@@ -281,7 +290,7 @@ class Desk:
         if isinstance(request.exchange, Threaded):
             request.exchange.inform(status, headers)
         else:
-            if request.answered and self.crew_size > 1:
+            if request.answered:
                 raise ClientDisconnected("the request is over")
             self.dispatcher.inform(request, status, list(headers))
 
@@ -565,7 +574,8 @@ class Threaded(Exchange):
         request.keep()
         self.parts: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
         self.ended = False  # the handler's thread has seen the end of the body
-        self.informed: Future[None] = Future()
+        self.returned = False  # nobody takes in a body for it any more
+        self.loop_thread = threading.get_ident()
         self.job: Future[Any] = desk.executor().submit(desk.handler, request)
         desk.threaded.add(self)
         self.job.add_done_callback(
@@ -589,6 +599,8 @@ class Threaded(Exchange):
     def on_returned(self, job: Future[Any]) -> None:
         request = self.request
         self.desk.threaded.discard(self)
+        self.returned = True
+        self.parts.put(ClientDisconnected("the request is over"))
         if request.answered or job.cancelled():
             return
         request.exchange = None
@@ -602,26 +614,19 @@ class Threaded(Exchange):
             self.desk.failed(request, error if isinstance(error, Exception) else None)
 
     def want(self) -> None:
-        if self.request.answered:
-            self.parts.put(ClientDisconnected("the request is over"))
-        elif self.request.body_done:
-            self.on_body()
-        else:
-            self.request.want_body(False)
-
-    def on_inform(self, status: int, headers: Fields) -> None:
         try:
-            _core.Request.inform(self.request, status, headers)
-            self.informed.set_result(None)
-        except Exception as error:
-            self.informed.set_exception(error)
+            if self.request.answered:
+                raise ClientDisconnected("the request is over")
+            if self.request.body_done:
+                self.on_body()
+            else:
+                self.request.want_body(False)
+        except Exception as error:  # it may have left, and on_closed() is next
+            self.parts.put(error)
 
     def shut(self) -> None:
         """The loop has ended: nothing more will come."""
-        gone = ClientDisconnected("the server has ended")
-        self.parts.put(gone)
-        if not self.informed.done():
-            self.informed.set_exception(gone)
+        self.parts.put(ClientDisconnected("the server has ended"))
 
     # In the handler's thread.
 
@@ -633,12 +638,12 @@ class Threaded(Exchange):
             self.shut()
 
     def inform(self, status: int, headers: Fields) -> None:
-        self.informed = Future()
-        self.call(self.on_inform, status, list(headers))
-        self.informed.result()
+        inform = _core.Request.inform
+        self.desk.dispatcher.ask(inform, self.request, status, list(headers))
 
     def __iter__(self) -> Iterator[bytes]:
         while not self.ended:
+            self.check_reader()
             self.call(self.want)
             while True:
                 part = self.parts.get()
@@ -654,6 +659,15 @@ class Threaded(Exchange):
 
     def read(self) -> bytes:
         return b"".join(self)
+
+    def check_reader(self) -> None:
+        """Raise where the wait for the body would never end."""
+        alone = self.desk.crew_size == 1
+        if self.returned or (alone and threading.get_ident() == self.loop_thread):
+            raise RuntimeError(
+                "a body that is still on its way is read by the handler of its request "
+                "before that returns: list(request.stream())"
+            )
 
 
 class BodyStream:
