@@ -312,7 +312,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
                 raise
             return 0
         self.starting = False
-        self.check_fork(None)
+        if self.in_child():
+            self.check_fork(failure_of(task))
         if self.eager and task.done():
             exchange.settle(task)
         else:
@@ -357,6 +358,7 @@ cdef class Exchange:
     @cython.binding(False)
     def receive(self):
         """The next message of the client."""
+        self.dispatcher.refuse_child()
         cdef dict message = self.next_message()
         if message is None:
             return self.dispatcher.desk.receive(self)
@@ -403,6 +405,7 @@ cdef class Exchange:
         """Send a message; RuntimeError if it is not its turn, OSError if nobody is
         there any more."""
         kind = message["type"]
+        self.dispatcher.refuse_child()
         if self.stage == COMPLETE:
             raise RuntimeError(f"{kind} was sent after the answer was complete")
         if self.request.loan is NULL:
@@ -597,7 +600,7 @@ cdef class Exchange:
 
     def on_done(self, task):
         """The app's task has ended, later than its start."""
-        self.dispatcher.check_fork(None if task.cancelled() else task.exception())
+        self.dispatcher.check_fork(failure_of(task))
         self.dispatcher.desk.unfollow(task)
         self.settle(task)
 
@@ -631,6 +634,11 @@ cdef class Exchange:
         wake(self.readers)
         wake(self.writers)
         return 0
+
+
+cdef object failure_of(task):
+    """What a task has raised so far."""
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 cdef bytes bytes_of(object data):

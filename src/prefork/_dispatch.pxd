@@ -45,7 +45,9 @@ cdef class Dispatcher:
     cdef Request make(self)
     cdef int perform(self, Request request) except -1
     cdef tuple job(self, Request request)
-    cdef int check_fork(self, error) except -1
+    cpdef bint in_child(self)
+    cpdef int check_fork(self, error) except -1
+    cpdef int refuse_child(self) except -1
     cdef int give_up(self, asked) except -1
     cdef int next_event(self, int timeout_ms) except -1
     cdef int handle(self, pf_event *event) except -1

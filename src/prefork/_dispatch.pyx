@@ -299,15 +299,27 @@ cdef class Dispatcher:
         """The same for the thread that is free next: a function, and its arguments."""
         raise NotImplementedError
 
-    cdef int check_fork(self, error) except -1:
+    cpdef bint in_child(self):
+        """Whether this is a process that a handler has forked."""
+        return pid != self.pid
+
+    cpdef int check_fork(self, error) except -1:
         """Behind a handler: a child that it forked does not come back."""
-        if pid != self.pid:
+        if self.in_child():
             end_fork(error)
+        return 0
+
+    cpdef int refuse_child(self) except -1:
+        """Where a handler sends or asks: in a child that it forked this raises."""
+        if self.in_child():
+            raise RuntimeError("this process was forked by a handler: the client and "
+                               "its request are the parent's")
         return 0
 
     def inform(self, Request request, int status, list fields):
         """An interim answer, from a handler in whichever thread it runs."""
         if self.leads():
+            self.refuse_child()
             Request.inform(request, status, fields)
         else:
             self.ask(Request.inform, request, status, fields)
@@ -317,6 +329,7 @@ cdef class Dispatcher:
 
         Raises ClientDisconnected if the server ends before.
         """
+        self.refuse_child()
         asked = Future()
         self.asked.add(asked)
         try:

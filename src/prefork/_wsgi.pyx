@@ -491,6 +491,7 @@ cdef class Answer:
     cdef int hint(self, list fields) except -1:
         """An interim answer; in the app's thread."""
         cdef Dispatcher dispatcher = self.dispatcher
+        dispatcher.refuse_child()
         if self.error is not None:
             raise self.error
         if not dispatcher.leads():
@@ -582,6 +583,7 @@ cdef class Answer:
         """All parts, in a thread that may wait."""
         try:
             for part in self.parts:
+                self.dispatcher.check_fork(None)
                 if self.checked(part):
                     self.send(plain(part))
                     if self.head:
@@ -599,6 +601,7 @@ cdef class Answer:
             if self.error is not None:
                 raise self.error
             for part in self.parts:
+                self.dispatcher.check_fork(None)
                 if not self.checked(part):
                     continue
                 self.committed = True
@@ -629,6 +632,7 @@ cdef class Answer:
             raise self.error
         if self.fields is None:
             raise ProtocolError("the app did not call start_response()")
+        dispatcher.refuse_child()
         self.committed = True
         if not dispatcher.leads():
             self.posted += PyBytes_GET_SIZE(data)
@@ -727,6 +731,7 @@ cdef class Answer:
     cdef int await_body(self) except -1:
         """Have the rest of the body read: a peer waits for 100 Continue."""
         cdef Dispatcher dispatcher = self.dispatcher
+        dispatcher.refuse_child()
         if self.error is not None:
             raise self.error
         self.close_gate()
@@ -782,6 +787,7 @@ cdef class Answer:
     cdef int conclude(self, body, error) except -1:
         """End the loan where the lead is, then have the app clean up here."""
         cdef Dispatcher dispatcher = self.dispatcher
+        dispatcher.check_fork(error)
         self.parts = None
         if not dispatcher.leave():
             dispatcher.deliver(self.end_now, body, error)
@@ -835,7 +841,9 @@ cdef class Answer:
             return 0
         try:
             closing()
-        except Exception:
+            self.dispatcher.check_fork(None)
+        except Exception as error:
+            self.dispatcher.check_fork(error)
             self.dispatcher.desk.logger.exception("close() of an answer failed")
         return 0
 

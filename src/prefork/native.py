@@ -576,7 +576,7 @@ class Threaded(Exchange):
         self.ended = False  # the handler's thread has seen the end of the body
         self.returned = False  # nobody takes in a body for it any more
         self.loop_thread = threading.get_ident()
-        self.job: Future[Any] = desk.executor().submit(desk.handler, request)
+        self.job: Future[Any] = desk.executor().submit(self.handle)
         desk.threaded.add(self)
         self.job.add_done_callback(
             lambda job: self.call(self.on_returned, job)  # either thread
@@ -630,6 +630,17 @@ class Threaded(Exchange):
 
     # In the handler's thread.
 
+    def handle(self) -> Any:
+        """Call the handler."""
+        dispatcher = self.desk.dispatcher
+        try:
+            result = self.desk.handler(self.request)
+        except BaseException as error:
+            dispatcher.check_fork(error)
+            raise
+        dispatcher.check_fork(None)
+        return result
+
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have the loop's thread call function."""
         try:
@@ -662,6 +673,7 @@ class Threaded(Exchange):
 
     def check_reader(self) -> None:
         """Raise where the wait for the body would never end."""
+        self.desk.dispatcher.refuse_child()
         alone = self.desk.crew_size == 1
         if self.returned or (alone and threading.get_ident() == self.loop_thread):
             raise RuntimeError(
@@ -758,6 +770,9 @@ class LoopDesk(Desk):
 
     def turn(self, timeout_ms: int) -> None:
         """One turn of the core; what it raises ends the server."""
+        if self.dispatcher.in_child():  # ends, but behind what its task has to say
+            self.loop.call_soon(self.dispatcher.check_fork, None)
+            return
         try:
             self.dispatcher.turn(timeout_ms)
             if self.has_notices:
@@ -862,6 +877,8 @@ class Awaited(Exchange):
         task.add_done_callback(self.on_done)
 
     def on_done(self, task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()
+        self.desk.dispatcher.check_fork(error)
         self.desk.tasks.discard(task)
         self.desk.schedule()
         request = self.request
