@@ -31,7 +31,7 @@ from programs import BUILD, ROOT, ProgramError
 
 DEFAULT_SERVERS = (
     "limit,core,prefork,nginx,fastpysgi-wsgi,bjoern,granian-wsgi,granian-asgi,"
-    "granian-rsgi,uvicorn,gunicorn"
+    "granian-rsgi,uvicorn,gunicorn,uwsgi"
 )
 DEFAULT_SCENARIOS = "ka64,ka512,pipe16,close,idle10k"
 FAILURES = (load.LoadError, ProgramError, profiler.ProfileError, servers.Unavailable)
@@ -251,7 +251,7 @@ for name in sys.argv[1:]:
 
 
 def peer_versions(options: argparse.Namespace, names: set[str]) -> str:
-    packages = {name.partition("-")[0] for name in names}
+    packages = {part for name in names for part in name.split("-")}
     if "uvicorn" in packages:
         packages |= {"uvloop", "httptools", "websockets"}
     python = options.peers / "bin" / "python"

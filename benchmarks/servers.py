@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,10 +173,10 @@ def uvicorn(site: Site) -> list[str]:
     ]
 
 
-def granian(interface: str) -> Callable[[Site], list[str]]:
+def granian(interface: str, module: str = "") -> Callable[[Site], list[str]]:
     def command(site: Site) -> list[str]:
         return [
-            *(site.peer("granian"), f"{interface}:{site.app}"),
+            *(site.peer("granian"), f"{module or interface}:{site.app}"),
             *("--interface", interface, "--port", str(site.port), "--workers", "1"),
             *("--log-level", "error", "--no-access-log", "--backlog", "16384"),
         ]
@@ -183,13 +184,31 @@ def granian(interface: str) -> Callable[[Site], list[str]]:
     return command
 
 
-def gunicorn_gthread(site: Site) -> list[str]:
-    return [
-        *(site.peer("gunicorn"), f"wsgi:{site.app}", "-b", f"127.0.0.1:{site.port}"),
-        *("-k", "gthread", "--workers", "1", "--threads", "8"),
-        *("--worker-connections", "16384", "--keep-alive", "75", "--backlog", "4096"),
-        *("--log-level", "error"),
-    ]
+def gunicorn_gthread(module: str) -> Callable[[Site], list[str]]:
+    def command(site: Site) -> list[str]:
+        bind = f"127.0.0.1:{site.port}"
+        return [
+            *(site.peer("gunicorn"), f"{module}:{site.app}", "-b", bind),
+            *("-k", "gthread", "--workers", "1", "--threads", "8"),
+            *("--worker-connections", "16384", "--keep-alive", "75"),
+            *("--backlog", "4096", "--log-level", "error"),
+        ]
+
+    return command
+
+
+def uwsgi(module: str) -> Callable[[Site], list[str]]:
+    """A thread stays with a connection as long as that is kept alive."""
+
+    def command(site: Site) -> list[str]:
+        return [
+            *(site.peer("uwsgi"), "--http11-socket", f"127.0.0.1:{site.port}"),
+            *("--module", f"{module}:{site.app}", "--master", "--die-on-term"),
+            *("--processes", "1", "--threads", str(site.scenario.connections)),
+            *("--disable-logging", "--listen", "4096", "--need-app"),
+        ]
+
+    return command
 
 
 def fastpysgi(module: str) -> Callable[[Site], list[str]]:
@@ -208,13 +227,16 @@ def picows(site: Site) -> list[str]:
     return _script(site, "picows", f"from picows_echo import run\nrun({site.port})")
 
 
-def bjoern(site: Site) -> list[str]:
-    return _script(
-        site,
-        "bjoern",
-        f"from wsgi import {site.app} as app\n"
-        f"bjoern.run(app, '127.0.0.1', {site.port}, listen_backlog=4096)",
-    )
+def bjoern(module: str) -> Callable[[Site], list[str]]:
+    def command(site: Site) -> list[str]:
+        return _script(
+            site,
+            "bjoern",
+            f"from {module} import {site.app} as app\n"
+            f"bjoern.run(app, '127.0.0.1', {site.port}, listen_backlog=4096)",
+        )
+
+    return command
 
 
 def _script(site: Site, package: str, code: str) -> list[str]:
@@ -227,6 +249,18 @@ def _script(site: Site, package: str, code: str) -> list[str]:
 
 
 _EVERYTHING = ("app", "big", "echo")
+
+
+def _framework(name: str) -> Iterator[Server]:
+    """The servers of WSGI apps, each with the smallest app of a framework."""
+    module = f"{name}_hello"
+    yield Server(f"prefork-{name}", prefork(module, "--interface", "wsgi"))
+    yield Server(f"granian-{name}", granian("wsgi", module))
+    yield Server(f"gunicorn-{name}", gunicorn_gthread(module))
+    yield Server(f"uwsgi-{name}", uwsgi(module))
+    yield Server(f"fastpysgi-{name}", fastpysgi(module))
+    yield Server(f"bjoern-{name}", bjoern(module))
+
 
 _ALL = (
     Server("limit", limit, prints_port=True, serves=_EVERYTHING),
@@ -242,11 +276,14 @@ _ALL = (
     Server("granian-wsgi", granian("wsgi")),
     Server("granian-asgi", granian("asgi"), serves=_EVERYTHING),
     Server("granian-rsgi", granian("rsgi"), serves=_EVERYTHING),
-    Server("gunicorn", gunicorn_gthread),
+    Server("gunicorn", gunicorn_gthread("wsgi")),
+    Server("uwsgi", uwsgi("wsgi")),
     Server("fastpysgi-wsgi", fastpysgi("wsgi")),
     Server("fastpysgi-asgi", fastpysgi("asgi")),
-    Server("bjoern", bjoern),
+    Server("bjoern", bjoern("wsgi")),
     Server("picows", picows, serves=("echo",)),
+    *_framework("flask"),
+    *_framework("django"),
 )
 
 SERVERS = {server.name: server for server in _ALL}
@@ -295,6 +332,18 @@ def running(server: Server, site: Site, core: int) -> Iterator[Running]:
             port = _printed_port(process) if server.prints_port else site.port
             _wait_until_ready(process, port, errors, upgrade)
             yield Running(port, cpu.tree(process.pid))
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def serving(command: list[str], port: int) -> Iterator[int]:
+    """A server of one's own: its pid, from its first answer on."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stderr=errors, text=True)
+        try:
+            _wait_until_ready(process, port, errors)
+            yield process.pid
         finally:
             _stop(process)
 
