@@ -363,7 +363,7 @@ def _printed_port(process: subprocess.Popen[str]) -> int:
 
 
 def _wait_until_ready(
-    process: subprocess.Popen[str], port: int, errors: IO[str], upgrade: bool
+    process: subprocess.Popen[str], port: int, errors: IO[str], upgrade: bool = False
 ) -> None:
     """Until it has answered once; its own exit ends the wait at once."""
     wait = 0.002
