@@ -255,6 +255,8 @@ def _framework(name: str) -> Iterator[Server]:
     """The servers of WSGI apps, each with the smallest app of a framework."""
     module = f"{name}_hello"
     yield Server(f"prefork-{name}", prefork(module, "--interface", "wsgi"))
+    threads = ("--threads", "16")
+    yield Server(f"prefork-{name}-16", prefork(module, "--interface", "wsgi", *threads))
     yield Server(f"granian-{name}", granian("wsgi", module))
     yield Server(f"gunicorn-{name}", gunicorn_gthread(module))
     yield Server(f"uwsgi-{name}", uwsgi(module))
