@@ -49,6 +49,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     HIGH_WATER = 65536  # bytes pending above which a handler waits for room
+    LOW_WATER = 16384   # a first part that is larger is sent at once
     PULL_MS = 1         # so long an iterable is pulled before others have their turn
     NAME_MAX = 256      # of a field name that becomes a key without a detour
     PORTS = 1024        # that are remembered as text
@@ -670,8 +671,13 @@ cdef class Answer:
             self.found(error)
 
     cdef int write_now(self, bytes data) except -1:
-        """Write, and send at once, as PEP 3333 wants it."""
+        """Write, and send at once, as PEP 3333 wants it.
+
+        In a crew the first part, with which most answers are complete, leaves with
+        those of others: should the second be long in coming, who leads then sends it.
+        """
         cdef Request request = self.request
+        cdef bint first
         if request.loan is NULL:
             raise ClientDisconnected("the request is over")
         if not self.begun:
@@ -679,8 +685,10 @@ cdef class Answer:
         if self.head:
             return 0
         request.put(data)
+        first = self.written == 0 and PyBytes_GET_SIZE(data) < LOW_WATER
         self.written += PyBytes_GET_SIZE(data)
-        self.dispatcher.loop.flush()
+        if self.dispatcher.crew is None or not first:
+            self.dispatcher.loop.flush()
         self.pending = request.unsent()
         return 0
 
@@ -797,7 +805,9 @@ cdef class Answer:
             self.end_now(body, error)
         finally:
             if self.closing is not None or self.input is not None:
-                dispatcher.loop.flush()  # it may take its time
+                # It may take its time: then somebody else leads, if there is anybody.
+                if dispatcher.crew is None:
+                    dispatcher.loop.flush()
                 dispatcher.enter(self.request)
                 self.clean_up()
                 dispatcher.leave()
