@@ -73,7 +73,10 @@ cdef class Request(_core.Request):
         return self.content
 
     def stream(self):
-        """The body in pieces as they arrive: iterate with for, or with async for."""
+        """The body in pieces as they arrive: iterate with for, or with async for.
+
+        A plain handler does so before it returns: not in an iterator that it returns.
+        """
         return self.desk.body_stream(self)
 
     def inform(self, int status, headers):
