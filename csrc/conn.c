@@ -12,6 +12,9 @@
  * A connection is registered only when it has to wait; one that is answered and closed
  * at once never is.
  *
+ * A connection that was switched to a WebSocket stays on loan, and its phase wants input
+ * unless messages wait to be received; websocket.c says what the bytes mean.
+ *
  * How bytes come in and which of them are body stands in input.c, how they leave in
  * output.c. When a request is over and nothing is left, the read buffer goes back to the
  * pool: an idle connection holds none.
@@ -210,6 +213,8 @@ pf__conn_reap(pf_conn *conn)
     pf_loop *loop = conn->loop;
     drop_request(conn);
     pf__buffer_release(&loop->pool, &conn->in);
+    pf__websocket_free(conn->websocket, &loop->pool);
+    conn->websocket = NULL;
     pf_conn **list = loop->borrowed_out ? &loop->quarantine : &loop->free_conns;
     conn->next = *list;
     *list = conn;
@@ -230,7 +235,9 @@ begin_closing(pf_conn *conn, bool linger)
     conn->phase = PF__PHASE_CLOSING;
     conn->linger = linger;
     set_deadlines(conn, 0);
-    pf__buffer_release(&conn->loop->pool, &conn->in);
+    bool wanted = conn->websocket != NULL && conn->websocket->count > 0;
+    if (!wanted) /* messages that came before the close can still be received */
+        pf__buffer_release(&conn->loop->pool, &conn->in);
     conn->raw = conn->base = 0;
     pf__conn_mark_dirty(conn);
 }
@@ -395,6 +402,9 @@ input_ended(pf_conn *conn)
         return;
     case PF__PHASE_LENT:
         tell_holder(conn, PF_ERR_TRUNCATED);
+        return;
+    case PF__PHASE_WEBSOCKET: /* without a close */
+        pf__conn_kill(conn);
         return;
     default:
         pf__conn_refuse(conn, PF_ERR_TRUNCATED);
@@ -608,6 +618,185 @@ advance_drain(pf_conn *conn)
     return conn->phase == PF__PHASE_HEAD ? advance_head(conn) : CONTENT;
 }
 
+/* ---- WebSockets ---------------------------------------------------------------------*/
+/* Nothing is to be read that would turn the close into a reset. */
+static bool
+is_clean(const pf_conn *conn)
+{
+    return conn->raw == conn->in.len && !conn->readable;
+}
+
+static void
+websocket_closed(pf_conn *conn)
+{
+    if (conn->lent)
+        tell_holder(conn, PF_ERR_CLOSED);
+    begin_closing(conn, !is_clean(conn));
+}
+
+static void
+websocket_failed(pf_conn *conn, int error)
+{
+    pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, error);
+    pf__websocket_fail(conn->websocket, &conn->loop->pool, &conn->out, error);
+    if (conn->lent)
+        tell_holder(conn, error);
+    begin_closing(conn, true);
+}
+
+/* We close: the peer is to do so, too. */
+static void
+await_close(pf_conn *conn)
+{
+    set_deadlines(conn, conn->loop->now + conn->loop->options.ws_close_timeout_ms);
+    pf__conn_mark_dirty(conn);
+}
+
+static int
+advance_websocket(pf_conn *conn)
+{
+    pf__websocket *ws = conn->websocket;
+    size_t unsent = pf__output_unsent(conn);
+    if (unsent >= PF__HIGH_WATER)
+        return CONTENT; /* it does not read what we answer: settle comes back to it */
+    if (PF__UNLIKELY(ws->failed != 0)) {
+        if (ws->count == 0)
+            websocket_failed(conn, ws->failed);
+        return CONTENT;
+    }
+    if (conn->in.len > conn->raw)
+        ws->heard = conn->loop->now;
+    bool had = ws->count > 0;
+    int rc =
+        pf__websocket_parse(ws, &conn->loop->pool, &conn->in, &conn->raw, &conn->out);
+    if (conn->lent && ws->count > 0 && !had)
+        pf__conn_mark_ready(conn, PF_EVENT_MESSAGE);
+    if (PF__UNLIKELY(rc < 0)) {
+        ws->failed = rc;
+        if (ws->count > 0 && !had) /* what came before may be answered first */
+            set_deadlines(conn, conn->loop->now + PF__LAST_WORD_MS);
+        else
+            websocket_failed(conn, rc);
+        return CONTENT;
+    }
+    if (PF__UNLIKELY(rc == PF__WEBSOCKET_CLOSED)) {
+        websocket_closed(conn);
+        return CONTENT;
+    }
+    if (PF__UNLIKELY(pf__output_unsent(conn) != unsent))
+        pf__conn_mark_dirty(conn);
+    if (rc == PF__WEBSOCKET_FULL)
+        return CONTENT;
+    return ws->count > 0 && pf__websocket_waiting(ws) >= PF__BODY_WINDOW ? CONTENT
+                                                                         : HUNGRY;
+}
+
+/* It said nothing for a while, or nothing to our ping, or did not close in time. What
+ * we have not listened to counts as said. */
+static void
+websocket_due(pf_conn *conn)
+{
+    pf__websocket *ws = conn->websocket;
+    const pf_options *o = &conn->loop->options;
+    int64_t now = conn->loop->now;
+    if (ws->close_sent) {
+        conn->loop->row->stats.timeouts++;
+        pf__conn_kill(conn);
+        return;
+    }
+    if (ws->failed != 0) {
+        websocket_failed(conn, ws->failed);
+        return;
+    }
+    if (!is_clean(conn))
+        ws->heard = now;
+    if (ws->heard >= ws->pinged)
+        ws->pinged = 0;
+    if (now < ws->heard + o->ws_ping_interval_ms) {
+        set_deadlines(conn, ws->heard + o->ws_ping_interval_ms);
+        return;
+    }
+    if (ws->pinged > 0 && o->ws_ping_timeout_ms > 0) {
+        conn->loop->row->stats.timeouts++;
+        websocket_failed(conn, PF_ERR_WEBSOCKET_PONG);
+        return;
+    }
+    if (pf__websocket_ping(&conn->loop->pool, &conn->out) < 0) {
+        pf__conn_kill(conn);
+        return;
+    }
+    uint32_t wait = o->ws_ping_timeout_ms;
+    ws->pinged = now;
+    set_deadlines(conn, now + (wait > 0 ? wait : o->ws_ping_interval_ms));
+    pf__conn_mark_dirty(conn);
+}
+
+/* The server goes: 1012, of IANA's registry. */
+static void
+drain_websocket(pf_conn *conn, bool now)
+{
+    pf__websocket *ws = conn->websocket;
+    if (ws->close_sent) {
+        if (now)
+            pf__conn_kill(conn);
+        return;
+    }
+    pf__websocket_end(ws, 1012, NULL, 0);
+    if (pf__websocket_close(ws, &conn->loop->pool, &conn->out, 1012, NULL, 0) < 0) {
+        pf__conn_kill(conn);
+        return;
+    }
+    if (conn->lent)
+        tell_holder(conn, PF_ERR_CLOSED);
+    await_close(conn);
+}
+
+int
+pf__conn_switch(pf_conn *conn, const pf__deflate *deflate)
+{
+    pf_loop *loop = conn->loop;
+    pf_request *r = conn->request;
+    conn->websocket = pf__websocket_new(loop->options.ws_max_size, deflate);
+    if (conn->websocket == NULL)
+        return -ENOMEM;
+    conn->phase = PF__PHASE_WEBSOCKET;
+    conn->websocket->heard = loop->now;
+    conn->in.len -= conn->raw; /* what came behind the head are frames */
+    memmove(conn->in.data, conn->in.data + conn->raw, conn->in.len);
+    conn->raw = conn->base = 0;
+    if (conn->in.len == 0)
+        pf__buffer_release(&loop->pool, &conn->in);
+    r->head.size = 0;
+    count_answer(loop, 101);
+    count_latency(loop, r);
+    if (loop->options.ws_ping_interval_ms > 0)
+        set_deadlines(conn, loop->now + loop->options.ws_ping_interval_ms);
+    pf__conn_mark_dirty(conn);
+    return 0;
+}
+
+void
+pf__conn_left(pf_conn *conn)
+{
+    pf__websocket *ws = conn->websocket;
+    conn->lent = false;
+    conn->pending = 0;
+    if (conn->phase == PF__PHASE_DEAD) {
+        pf__conn_reap(conn);
+        return;
+    }
+    ws->count = 0;
+    conn->write_timeout_ms = conn->request->write_timeout_ms;
+    drop_request(conn);
+    if (conn->phase != PF__PHASE_WEBSOCKET)
+        return;
+    await_close(conn);
+    pf__websocket_end(ws, 1000, NULL, 0); /* who ends the loan says no more */
+    if (pf__websocket_close(ws, &conn->loop->pool, &conn->out, 1000, NULL, 0) < 0)
+        pf__conn_kill(conn);
+}
+
+/* ---- the beginning of a connection, and of what it says ------------------------------*/
 /* 0, or the PF_ERR_* that the connection gets instead of service. */
 static int
 count_in(pf_conn *conn)
@@ -681,6 +870,8 @@ advance(pf_conn *conn)
         return advance_lent(conn);
     case PF__PHASE_DRAIN:
         return advance_drain(conn);
+    case PF__PHASE_WEBSOCKET:
+        return advance_websocket(conn);
     default:
         return CONTENT;
     }
@@ -777,9 +968,9 @@ pf__conn_settle(pf_conn *conn, bool force)
         pf__conn_kill(conn);
         return;
     }
-    if (!conn->readable && conn->raw == conn->in.len)
-        return;
-    if (force) /* a flush in the middle of a batch only sends */
+    if (!conn->readable && conn->raw == conn->in.len && conn->websocket == NULL)
+        return; /* of a WebSocket, messages may have been taken out */
+    if (force)  /* a flush in the middle of a batch only sends */
         pf__conn_mark_dirty(conn);
     else
         pump(conn);
@@ -798,7 +989,8 @@ pf__conn_event(pf_conn *conn, uint32_t flags)
         conn->fin = conn->readable = true;
     if (flags & EPOLLIN)
         conn->readable = true;
-    if (conn->phase == PF__PHASE_LENT && (flags & EPOLLHUP))
+    bool holds = conn->phase == PF__PHASE_LENT || (conn->websocket && conn->lent);
+    if (holds && (flags & EPOLLHUP))
         tell_holder(conn, PF_ERR_CLOSED);
     if (conn->request != NULL && conn->request->want_end)
         pf__conn_end_wanted(conn);
@@ -839,6 +1031,10 @@ void
 pf__conn_answered(pf_conn *conn)
 {
     pf_request *r = conn->request;
+    if (PF__UNLIKELY(conn->websocket != NULL)) {
+        pf__conn_left(conn);
+        return;
+    }
     conn->lent = false;
     conn->pending = 0; /* its events are nobody's now */
     count_answer(conn->loop, r->answer.status);
@@ -873,6 +1069,11 @@ pf__conn_abort(pf_conn *conn)
 {
     pf_request *r = conn->request;
     pf__answer *a = &r->answer;
+    bool open = conn->phase == PF__PHASE_WEBSOCKET && !conn->websocket->close_sent;
+    if (conn->websocket != NULL && !open) {
+        pf__conn_left(conn);
+        return;
+    }
     conn->lent = false;
     conn->pending = 0;
     conn->loop->row->stats.statuses[0]++;
@@ -882,7 +1083,7 @@ pf__conn_abort(pf_conn *conn)
     }
     bool sealed = a->flags & PF__ANSWER_SEALED;
     bool framed = a->length >= 0 || (a->flags & PF__ANSWER_CHUNKED);
-    if (sealed && !framed) {
+    if (open || (sealed && !framed)) {
         kill_with_reset(conn);
         return;
     }
@@ -902,6 +1103,10 @@ pf__conn_timeout(pf_conn *conn)
     bool read = conn->read_deadline != 0 && conn->read_deadline <= now;
     if (!write && !read) {
         set_deadlines(conn, conn->read_deadline);
+        return;
+    }
+    if (conn->phase == PF__PHASE_WEBSOCKET && !write) {
+        websocket_due(conn);
         return;
     }
     conn->loop->row->stats.timeouts++;
@@ -943,6 +1148,8 @@ is_waiting(const pf_conn *conn)
 void
 pf__conn_drain(pf_conn *conn, bool now)
 {
+    if (conn->phase == PF__PHASE_WEBSOCKET)
+        drain_websocket(conn, now);
     if (!is_waiting(conn))
         return;
     if (now && pf__output_unsent(conn) == 0) {

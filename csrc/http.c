@@ -1034,5 +1034,6 @@ pf_http_simd(void)
 int
 pf_http_set_simd(const char *name)
 {
-    return pf__scan_select(name);
+    int rc = pf__scan_select(name);
+    return rc < 0 ? rc : pf__payload_select(name);
 }

@@ -25,6 +25,10 @@ compact(pf_conn *conn)
     pf_request *r = conn->request;
     char *data = conn->in.data;
     size_t shift = conn->base;
+    if (conn->websocket != NULL) {
+        pf__websocket_compact(conn->websocket, &conn->in, &conn->raw);
+        return;
+    }
     memmove(data, data + shift, conn->in.len - shift);
     conn->in.len -= shift;
     conn->raw -= shift;
@@ -43,11 +47,23 @@ compact(pf_conn *conn)
     conn->in.len -= gap;
 }
 
+/* A large message has to be in one piece: its buffer grows by as much as it has. */
+static size_t
+message_read_size(const pf_conn *conn, size_t least)
+{
+    const pf__websocket *ws = conn->websocket;
+    size_t most = conn->in.len > PF__BODY_WINDOW ? conn->in.len : PF__BODY_WINDOW;
+    size_t expected = ws->left < most ? (size_t)ws->left : most;
+    return expected > least ? expected : least;
+}
+
 static size_t
 read_size(const pf_conn *conn)
 {
     const pf_request *r = conn->request;
     size_t least = conn->loop->options.read_buffer_size;
+    if (conn->websocket != NULL)
+        return message_read_size(conn, least);
     if (r == NULL || !r->has_body)
         return least;
     size_t expected = r->head.flags & PF_HEAD_CHUNKED || r->body_left > PF__BODY_WINDOW

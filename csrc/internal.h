@@ -113,6 +113,25 @@ uint32_t pf__repeat_find(const pf__repeat *known, pf_head *head, const char *dat
 void pf__repeat_keep(pf__repeat *known, const pf_head *head, const char *data,
                      size_t at);
 
+/* ---- sha1.c: SHA-1 -----------------------------------------------------------------*/
+enum { PF__SHA1_SIZE = 20 };
+
+void pf__sha1_digest(uint8_t digest[PF__SHA1_SIZE], const void *data, size_t len);
+
+/* ---- payload.c: what is done to every byte of a message -----------------------------*/
+typedef struct pf__utf8 {
+    uint8_t left;      /* bytes that the character under way still needs */
+    uint8_t low, high; /* what the next of them may be */
+} pf__utf8;
+
+/* to may lie before from, or be it. */
+extern void (*pf__payload_mask)(char *to, const char *from, size_t n,
+                                const uint8_t key[4]);
+/* false: no text goes on like this. Between two calls a character may be cut. */
+extern bool (*pf__payload_utf8)(pf__utf8 *state, const char *p, size_t n);
+
+int pf__payload_select(const char *variant);
+
 /* ---- http.c: request head and chunked body -> slices --------------------------------*/
 enum {
     PF__METHOD_MAX = 32,
@@ -180,6 +199,98 @@ enum {
 int pf__proxy_parse(const char *data, size_t len, unsigned versions, pf_peer *client,
                     pf_peer *server);
 
+/* ---- deflate.c: permessage-deflate (RFC 7692) ---------------------------------------*/
+enum { PF__DEFLATE_ANSWER_MAX = 160 };
+
+typedef struct pf__deflate {
+    bool on;
+    bool in_forgets, out_forgets; /* no context is taken over from message to message */
+    bool in_bits_told;            /* the peer takes a word on its own window */
+    uint8_t in_bits, out_bits;
+    struct z_stream_s *in, *out; /* owns; NULL until needed */
+} pf__deflate;
+
+/* Accept the first offer of a Sec-WebSocket-Extensions field that can be. */
+bool pf__deflate_accept(pf__deflate *d, const char *value, size_t len);
+size_t pf__deflate_answer(const pf__deflate *d, char text[PF__DEFLATE_ANSWER_MAX]);
+/* Append to `to`, max bytes at most (PF_ERR_WEBSOCKET_SIZE), what comes out of a part
+ * of a message. */
+int pf__deflate_inflate(pf__deflate *d, pf__pool *pool, const char *data, size_t len,
+                        bool last, pf__buffer *to, size_t max);
+/* Append a message, which is not empty. */
+int pf__deflate_deflate(pf__deflate *d, pf__pool *pool, const char *data, size_t len,
+                        pf__buffer *to);
+void pf__deflate_close(pf__deflate *d);
+
+/* ---- websocket.c: RFC 6455, bytes in, structs out -----------------------------------*/
+enum {
+    PF__WEBSOCKET_KEY_SIZE = 24,
+    PF__WEBSOCKET_ACCEPT_SIZE = 28,
+    PF__WEBSOCKET_REASON_MAX = PF_CHANNEL_REASON,
+    PF__WEBSOCKET_QUEUE = 16, /* messages parsed ahead of who receives them */
+};
+
+typedef struct pf__queued {
+    uint32_t at, len;
+    uint8_t kind;
+    bool plain; /* it was inflated, and lies in plain, not in the input */
+} pf__queued;
+
+typedef struct pf__websocket {
+    pf__deflate deflate;
+    pf__buffer plain; /* inflated messages */
+    uint32_t max_size;
+    bool in_message, in_frame; /* something of one was parsed, not all */
+    bool deflated, fin;        /* the message, the frame under way */
+    bool close_sent;           /* what comes now is dropped, but for the peer's close */
+    uint8_t kind;
+    uint8_t key[4];
+    pf__utf8 utf8;
+    uint64_t left;     /* of the frame's payload */
+    size_t start, end; /* of the message's payload so far, in the input */
+    size_t plain_at;   /* or where it begins in plain */
+    pf__queued queue[PF__WEBSOCKET_QUEUE];
+    uint8_t first, count;
+    uint8_t reason_len;
+    uint16_t code; /* how it was closed; 0: it is open */
+    int failed;    /* PF_ERR_WEBSOCKET_*: closed when all that came before is taken */
+    char reason[PF__WEBSOCKET_REASON_MAX];
+    int64_t heard, pinged; /* ms; when the peer said something, and we asked it to */
+} pf__websocket;
+
+enum pf__websocket_outcome {
+    PF__WEBSOCKET_HUNGRY, /* more bytes are needed */
+    PF__WEBSOCKET_FULL,   /* messages have to be taken first */
+    PF__WEBSOCKET_CLOSED, /* the peer has closed, and has its answer */
+};
+
+int pf__websocket_offered(const pf_head *head, const char *bytes); /* pf_channel_... */
+void pf__websocket_accept_key(const pf_head *head, const char *bytes,
+                              char accept[PF__WEBSOCKET_ACCEPT_SIZE]);
+bool pf__websocket_accept_deflate(pf__deflate *deflate, const pf_head *head,
+                                  const char *bytes);
+pf__websocket *pf__websocket_new(uint32_t max_size, const pf__deflate *deflate);
+void pf__websocket_free(pf__websocket *ws, pf__pool *pool);
+
+/* Parses in->data[*raw .. len) in place; PF__WEBSOCKET_*, or PF_ERR_WEBSOCKET_*. */
+int pf__websocket_parse(pf__websocket *ws, pf__pool *pool, pf__buffer *in, size_t *raw,
+                        pf__buffer *out);
+bool pf__websocket_take(pf__websocket *ws, const pf__buffer *in, pf_message *message);
+size_t pf__websocket_waiting(const pf__websocket *ws); /* bytes of messages */
+void pf__websocket_compact(pf__websocket *ws, pf__buffer *in, size_t *raw);
+
+bool pf__websocket_deflates(const pf__websocket *ws, size_t len);
+int pf__websocket_send(pf__websocket *ws, pf__pool *pool, pf__buffer *out, int kind,
+                       const char *data, size_t len);
+int pf__websocket_send_header(pf__pool *pool, pf__buffer *out, int kind, size_t len);
+int pf__websocket_ping(pf__pool *pool, pf__buffer *out);
+int pf__websocket_close(pf__websocket *ws, pf__pool *pool, pf__buffer *out,
+                        unsigned code, const char *reason, size_t len);
+void pf__websocket_fail(pf__websocket *ws, pf__pool *pool, pf__buffer *out, int error);
+/* This is how it was closed, unless that is decided already. */
+void pf__websocket_end(pf__websocket *ws, unsigned code, const char *reason,
+                       size_t len);
+
 /* ---- response.c: status line, Date, framing, header checks -> buffer ----------------*/
 enum pf__answer_flag {
     PF__ANSWER_DATE = 1 << 0, /* the app gave this field itself */
@@ -222,6 +333,11 @@ int pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int statu
                        const char *reason, size_t reason_len, int64_t length);
 int pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *name,
                        size_t name_len, const char *value, size_t value_len);
+/* 101 Switching Protocols to a WebSocket. extensions, subprotocol: NULL for none. */
+int pf__response_switch(pf__pool *pool, pf__buffer *out, pf__answer *a,
+                        const char *accept, size_t accept_len, const char *subprotocol,
+                        size_t subprotocol_len, const char *extensions,
+                        size_t extensions_len);
 int pf__response_seal(pf__pool *pool, pf__buffer *out, pf__answer *a,
                       const pf__stamp *stamp);
 int pf__response_whole(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
@@ -361,16 +477,17 @@ int pf__poller_arm(pf__poller *poller, int64_t now, int64_t deadline);
 typedef struct pf_conn pf_conn;
 
 enum pf__phase {
-    PF__PHASE_FIRST,   /* accepted, no byte yet */
-    PF__PHASE_PROXY,   /* accepted from a proxy that is to say first whom it brings */
-    PF__PHASE_IDLE,    /* kept alive between two requests; holds no buffer */
-    PF__PHASE_HEAD,    /* some bytes of a request's head are there */
-    PF__PHASE_BODY,    /* its head is parsed, its body gathered before it is lent */
-    PF__PHASE_LENT,    /* on loan, or waiting in the ready queue to be */
-    PF__PHASE_DRAIN,   /* answered; the rest of its body is read and dropped */
-    PF__PHASE_CLOSING, /* close, or linger, when the output is sent */
-    PF__PHASE_LINGER,  /* our side is shut; what the peer sends is dropped */
-    PF__PHASE_DEAD,    /* its fd is closed; kept while a loan or a queue names it */
+    PF__PHASE_FIRST,     /* accepted, no byte yet */
+    PF__PHASE_PROXY,     /* accepted from a proxy that is to say first whom it brings */
+    PF__PHASE_IDLE,      /* kept alive between two requests; holds no buffer */
+    PF__PHASE_HEAD,      /* some bytes of a request's head are there */
+    PF__PHASE_BODY,      /* its head is parsed, its body gathered before it is lent */
+    PF__PHASE_LENT,      /* on loan, or waiting in the ready queue to be */
+    PF__PHASE_DRAIN,     /* answered; the rest of its body is read and dropped */
+    PF__PHASE_WEBSOCKET, /* its 101 is sealed; on loan, or closing by itself */
+    PF__PHASE_CLOSING,   /* close, or linger, when the output is sent */
+    PF__PHASE_LINGER,    /* our side is shut; what the peer sends is dropped */
+    PF__PHASE_DEAD,      /* its fd is closed; kept while a loan or a queue names it */
 };
 
 enum {
@@ -381,6 +498,7 @@ enum {
     PF__BORROW_MIN = 16384,    /* copying less is cheaper than borrowing */
     PF__FIRST_BYTE_MS = 10000, /* a new connection says something within this */
     PF__LINGER_MAX = 1 << 20,  /* bytes dropped in a lingering close */
+    PF__LAST_WORD_MS = 100,    /* to answer what came before a malformed frame */
 };
 
 enum pf__segment_kind {
@@ -428,6 +546,7 @@ struct pf_conn {
     pf_conn *next, **link; /* all connections of the loop */
     pf_conn *next_dirty, *next_ready;
     pf_request *request;
+    pf__websocket *websocket; /* owns; NULL: it speaks HTTP */
     pf__buffer in;
     size_t base; /* in.data + base is where the current request begins */
     size_t raw;  /* first byte not parsed yet */
@@ -520,6 +639,8 @@ bool pf__conn_is_quiet(const pf_conn *conn); /* between two requests */
 void pf__conn_leave(pf_conn *conn); /* its socket is another worker's from now on */
 void pf__conn_body_wanted(pf_conn *conn);
 void pf__conn_end_wanted(pf_conn *conn);
+int pf__conn_switch(pf_conn *conn, const pf__deflate *deflate); /* it is a WebSocket */
+void pf__conn_left(pf_conn *conn); /* nobody holds the WebSocket; it closes by itself */
 int pf__conn_continue(pf_conn *conn);     /* queue 100 Continue */
 bool pf__conn_keeps(const pf_conn *conn); /* may the connection outlive this answer? */
 

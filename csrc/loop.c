@@ -52,9 +52,13 @@ pf_options_init(pf_options *o)
         .max_header_size = 65536,
         .max_fields = 100,
         .max_body_size = (uint64_t)1 << 30,
+        .ws_max_size = 16 << 20,
+        .ws_ping_interval_ms = 20000,
+        .ws_ping_timeout_ms = 20000,
+        .ws_close_timeout_ms = 10000,
         .server = "prefork",
         .content_type = "text/plain; charset=utf-8",
-        .flags = PF_OPTION_TCP_KEEPALIVE,
+        .flags = PF_OPTION_TCP_KEEPALIVE | PF_OPTION_WS_DEFLATE,
     };
 }
 
@@ -66,7 +70,7 @@ check_options(const pf_options *o)
                 && o->max_header_size <= INT_MAX / 2
                 && o->max_target_size <= o->max_header_size
                 && o->read_buffer_size >= 256 && o->read_buffer_size <= (1 << 20)
-                && o->max_body_size <= INT64_MAX
+                && o->max_body_size <= INT64_MAX && o->ws_max_size <= 1 << 30
                 && pf__trust_is_valid(o->proxy_trust, o->proxy_trusted)
                 && pf__trust_is_valid(o->forwarded_trust, o->forwarded_trusted);
     return fits ? 0 : -EINVAL;

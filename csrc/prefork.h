@@ -62,6 +62,8 @@ extern "C" {
     X(CONNECTIONS, -20029, 503, "too many connections")                                \
     X(CONNECTIONS_PER_IP, -20030, 429, "too many connections from one address")        \
     X(BODY_STORE, -20031, 503, "request body could not be stored")                     \
+    X(WEBSOCKET_KEY, -20032, 400, "missing or malformed Sec-WebSocket-Key")            \
+    X(WEBSOCKET_VERSION, -20033, 426, "Sec-WebSocket-Version is not 13")               \
     X(APP_STATUS, -20101, 0, "status is not between 100 and 999")                      \
     X(APP_FIELD_NAME, -20102, 0, "response field name is not a token")                 \
     X(APP_FIELD_VALUE, -20103, 0, "response field value holds a control character")    \
@@ -74,8 +76,15 @@ extern "C" {
     X(WRITE_TIMEOUT, -20110, 0, "the peer stopped reading the response")               \
     X(IDLE_TIMEOUT, -20111, 0, "the kept-alive connection stayed idle")                \
     X(APP_REASON, -20112, 0, "reason phrase holds a control character")                \
-    X(PROXY, -20113, 0, "malformed or missing PROXY header")\
-    X(APP_FILE_SHORT, -20114, 0, "file ends before what is to be sent of it")
+    X(PROXY, -20113, 0, "malformed or missing PROXY header")                           \
+    X(APP_FILE_SHORT, -20114, 0, "file ends before what is to be sent of it")          \
+    X(WEBSOCKET_FRAME, -20115, 0, "malformed WebSocket frame")                         \
+    X(WEBSOCKET_TEXT, -20116, 0, "text is not UTF-8")                                  \
+    X(WEBSOCKET_DATA, -20117, 0, "compressed message is malformed")                    \
+    X(WEBSOCKET_SIZE, -20118, 0, "message too large")                                  \
+    X(WEBSOCKET_PONG, -20119, 0, "keepalive ping timeout")                             \
+    X(APP_CLOSE, -20120, 0, "close code may not be sent, or its reason is too long")   \
+    X(APP_SUBPROTOCOL, -20121, 0, "subprotocol is not a token")
 
 enum pf_err {
 #define X(name, code, status, text) PF_ERR_##name = code,
@@ -359,6 +368,7 @@ enum pf_option_flag {
     PF_OPTION_GET_ONLY = 1 << 5,
     PF_OPTION_TCP_KEEPALIVE = 1 << 6,
     PF_OPTION_KEEP_ON_DRAIN = 1 << 7, /* do not announce Connection: close in a drain */
+    PF_OPTION_WS_DEFLATE = 1 << 8,    /* agree to permessage-deflate (RFC 7692) */
 };
 
 /* The versions of the PROXY protocol that are understood. */
@@ -390,6 +400,11 @@ typedef struct pf_options {
     uint64_t max_body_size;           /* then 413 */
     uint32_t body_buffer_size;        /* of a body gathered whole; a larger one is spilled
                                          into a file; 0: none is */
+    uint32_t ws_max_size;             /* of a message, inflated; then close 1009 */
+    uint32_t ws_ping_interval_ms;     /* a WebSocket that said nothing for so long is
+                                         pinged; 0: none is */
+    uint32_t ws_ping_timeout_ms;      /* and must say something then; 0: for ever */
+    uint32_t ws_close_timeout_ms;     /* for the peer's part of a close we began */
     const char *spill_dir;            /* where that file is made, NULL: "/tmp"; copies */
     const char *server;               /* Server field, NULL: none; copies */
     const char *content_type;         /* default Content-Type, NULL: none; copies */
@@ -420,6 +435,7 @@ enum pf_event_flag {
     PF_EVENT_READABLE = 1 << 8, /* a watched fd, in code, can be read; request is NULL */
     PF_EVENT_ENDED = 1 << 9,    /* the peer will send nothing more: it has left, or has
                                    only closed its side and still reads */
+    PF_EVENT_MESSAGE = 1 << 10, /* messages of a WebSocket are there, where none were */
 };
 
 typedef struct pf_event {
@@ -594,6 +610,44 @@ int pf_request_want_end(pf_request *request);  /* ENDED comes when the peer has 
  * copies it (returns 0). */
 int pf_request_answer(pf_request *request, int status, const char *content_type,
                       size_t content_type_len, const char *body, size_t len, void *ref);
+
+/* ---- WebSockets: a request on loan that became a channel (channel.c) ----------------
+ * RFC 6455, and permessage-deflate (RFC 7692). Frames, masking, UTF-8, pings and the
+ * close handshake are the core's; what crosses the seam are whole messages. The loan
+ * goes on: MESSAGE tells that there are messages, CLOSED that no more will come, and
+ * pf_channel_close() ends it. Reading stops while messages wait to be received, and
+ * pf_request_pending() and _want_room() tell how sending goes.
+ */
+enum pf_message_kind { PF_MESSAGE_TEXT = 1, PF_MESSAGE_BINARY = 2 };
+
+typedef struct pf_message {
+    const char *data;
+    size_t len;
+    int kind; /* PF_MESSAGE_*; text is UTF-8 */
+} pf_message;
+
+enum { PF_CHANNEL_REASON = 123 }; /* bytes of a close's reason, at most */
+
+int pf_channel_offered(const pf_request *request); /* 1: it asks for a WebSocket; 0: it
+      does not. PF_ERR_WEBSOCKET_KEY, _VERSION: it does so wrongly, which
+      pf_request_refuse() answers */
+int pf_channel_begin(pf_request *request, const char *subprotocol,
+                     size_t len); /* accept: begins a 101; NULL: no subprotocol. Fields
+      may follow, but those that begin with Sec-WebSocket- */
+int pf_channel_open(pf_request *request); /* sends it. The head is not lent any more */
+int pf_channel_receive(pf_request *request, pf_message *message); /* 1: lends a message,
+      until the next call or wait; 0: none is there, MESSAGE will come. Good also after
+      CLOSED, for what came before that */
+int pf_channel_send(pf_request *request, int kind, const char *data,
+                    size_t len); /* copies; text has to be UTF-8, which nobody checks */
+int pf_channel_send_ref(pf_request *request, int kind, const char *data, size_t len,
+                        void *ref); /* 1: borrows data until RELEASED with ref; 0: has
+      copied it, as it was too little to borrow or is sent compressed */
+int pf_channel_close(pf_request *request, int code, const char *reason,
+                     size_t len); /* ends the loan unless that is refused (APP_CLOSE);
+      the close handshake goes on by itself. After CLOSED nothing more is sent */
+int pf_channel_code(const pf_request *request, pf_slice *reason); /* after CLOSED: the
+      code of the close, lending its reason; 1005: it had none, 1006: there was no close */
 
 /* ---- Implementation facts that tests and benchmarks ask for (http.c) ----------------*/
 const char *pf_http_simd(void);          /* "avx2", "sse2" or "portable" */

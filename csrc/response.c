@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <strings.h>
 
 static const struct {
     uint16_t status;
@@ -208,6 +209,49 @@ pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
     return 0;
 }
 
+static char *
+put_field(char *p, const char *name, size_t name_len, const char *value, size_t len)
+{
+    p = put(p, name, name_len);
+    p = PUT_LITERAL(p, ": ");
+    p = put(p, value, len);
+    return PUT_LITERAL(p, "\r\n");
+}
+
+#define PUT_FIELD(p, name, value, len)                                                 \
+    put_field((p), (name), sizeof(name) - 1, (value), (len))
+
+/* RFC 6455 4.2.2. Its length is none, and it has no type. */
+int
+pf__response_switch(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *accept,
+                    size_t accept_len, const char *subprotocol, size_t subprotocol_len,
+                    const char *extensions, size_t extensions_len)
+{
+    if (a->flags & PF__ANSWER_BEGUN)
+        return PF_ERR_STATE;
+    if (subprotocol != NULL
+        && (subprotocol_len == 0
+            || pf__scan_token(subprotocol, subprotocol_len) != subprotocol_len))
+        return PF_ERR_APP_SUBPROTOCOL;
+    size_t room = STATUS_LINE_MAX + 192 + accept_len + subprotocol_len + extensions_len;
+    int rc = pf__buffer_reserve(pool, out, room);
+    if (rc < 0)
+        return rc;
+    a->mark = out->len;
+    a->status = 101;
+    a->length = 0;
+    a->flags |= PF__ANSWER_BEGUN;
+    char *p = put_status_line(out->data + out->len, 101);
+    p = PUT_LITERAL(p, "Upgrade: websocket\r\nConnection: Upgrade\r\n");
+    p = PUT_FIELD(p, "Sec-WebSocket-Accept", accept, accept_len);
+    if (subprotocol != NULL)
+        p = PUT_FIELD(p, "Sec-WebSocket-Protocol", subprotocol, subprotocol_len);
+    if (extensions != NULL)
+        p = PUT_FIELD(p, "Sec-WebSocket-Extensions", extensions, extensions_len);
+    out->len = (size_t)(p - out->data);
+    return 0;
+}
+
 static int
 field_length(pf__answer *a, const char *value, size_t len)
 {
@@ -218,6 +262,17 @@ field_length(pf__answer *a, const char *value, size_t len)
     a->flags |= PF__ANSWER_LENGTH;
     a->length = length;
     return 0;
+}
+
+/* What a 101 says of the handshake, and that a WebSocket is not to be closed. */
+static bool
+is_of_handshake(const pf__answer *a, const char *name, size_t len)
+{
+    static const char prefix[] = "sec-websocket-";
+    return a->status == 101
+           && (pf__http_field_id(name, len) == PF_FIELD_CONNECTION
+               || (len >= sizeof prefix - 1
+                   && strncasecmp(name, prefix, sizeof prefix - 1) == 0));
 }
 
 /* 1: the field is spoken for and not written; 0: write it; < 0: refused. */
@@ -287,16 +342,15 @@ pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *n
         return rc;
     if ((a->flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED)) != PF__ANSWER_BEGUN)
         return PF_ERR_STATE;
+    if (PF__UNLIKELY(is_of_handshake(a, name, name_len)))
+        return PF_ERR_APP_HOP_BY_HOP;
     rc = note_field(a, name, name_len, value, value_len);
     if (rc != 0)
         return rc < 0 ? rc : 0;
     rc = pf__buffer_reserve(pool, out, name_len + value_len + 4);
     if (rc < 0)
         return rc;
-    char *p = put(out->data + out->len, name, name_len);
-    p = PUT_LITERAL(p, ": ");
-    p = put(p, value, value_len);
-    p = PUT_LITERAL(p, "\r\n");
+    char *p = put_field(out->data + out->len, name, name_len, value, value_len);
     out->len = (size_t)(p - out->data);
     return 0;
 }
@@ -438,6 +492,9 @@ owed_field(int status)
     switch (status) {
     case 405:
         return "Allow: GET, HEAD\r\n";
+    case 426:
+        return "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+               "Sec-WebSocket-Version: 13\r\n";
     case 429:
     case 503:
         return "Retry-After: 1\r\n";
