@@ -282,11 +282,6 @@ def test_a_proxy_header_tells_client_and_server(scope_of):
     assert (scope["client"], scope["server"]) == (("1.2.3.4", 1000), ("5.6.7.8", 443))
 
 
-def test_a_websocket_handshake_is_a_plain_request(scope_of):
-    lines = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-    assert scope_of(get("/", *lines))["type"] == "http"
-
-
 # ---- receive -------------------------------------------------------------------------
 
 

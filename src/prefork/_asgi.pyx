@@ -93,8 +93,6 @@ def template(root_path=""):
 cdef class Done:
     """An awaitable that has its result; a coroutine to those who ask for one."""
 
-    cdef object result
-
     def __await__(self):
         return self
 
@@ -120,7 +118,7 @@ cdef class Done:
         """As a coroutine's: there is nothing to close."""
 
 
-cdef Done NOTHING = Done()
+NOTHING = Done()
 
 
 cdef Done done(object result):
@@ -160,22 +158,6 @@ cdef bint same_end(const pf_peer *a, const pf_peer *b):
 
 cdef class Dispatcher(_dispatch.Dispatcher):
     """Calls ASGI apps, each in a task of its own, on the event loop of the desk."""
-
-    cdef dict template
-    cdef dict state        # of the lifespan
-    cdef dict extensions
-    cdef str root_path
-    cdef bytes raw_root
-    cdef Blocks blocks     # of header fields, and lists of them
-    cdef pf_peer remote    # the end that came last, which is likely to come again
-    cdef str remote_text
-    cdef pf_peer local     # the end that `server` names
-    cdef object server
-    cdef object unix_server
-    cdef object make_task
-    cdef dict how          # its keywords
-    cdef bint eager        # a task has begun when it is made
-    cdef bint starting     # a task is being started: the loop turns soon anyway
 
     def configure(self, str root_path, tuple extensions, dict state):
         """What scopes are made from; before run()."""
@@ -296,12 +278,15 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
     cdef int perform(self, Request request) except -1:
         """Start the app's task; mostly it has ended then."""
-        cdef Exchange exchange = Exchange.__new__(Exchange)
+        return self.start(Exchange.__new__(Exchange), request)
+
+    cdef int start(self, Exchange exchange, Request request) except -1:
+        """Call the app for this exchange."""
         exchange.request = request
         exchange.dispatcher = self
         self.starting = True
         try:
-            scope = exchange.scope = self.scope(request)
+            scope = exchange.scope = exchange.make_scope()
             coroutine = self.handler(scope, exchange.receive, exchange.send)
             task = PyObject_Call(self.make_task, (coroutine,), self.how)
         except BaseException as error:
@@ -326,13 +311,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
 # ---- The exchange ----
 
-cdef enum:  # what the app has sent
-    WAITING    # nothing
-    STARTED    # the head, which is held back
-    STREAMING  # the head and some of the body
-    COMPLETE   # all
-
-
 @cython.freelist(64)
 cdef class Exchange:
     """receive() and send() of one request; all of it runs in the event loop's thread.
@@ -341,17 +319,9 @@ cdef class Exchange:
     is told so whenever it asks.
     """
 
-    cdef Request request
-    cdef Dispatcher dispatcher
-    cdef readonly dict scope
-    cdef int stage
-    cdef object status
-    cdef object fields
-    cdef bint received       # the app has the whole body
-    cdef bint ended          # the client has closed its side
-    cdef readonly object error  # why nothing more can be sent
-    cdef list readers        # futures of those who wait for a message
-    cdef list writers        # and for room
+    cdef dict make_scope(self):
+        """What the app is called with."""
+        return self.dispatcher.scope(self.request)
 
     # -- receiving --
 

@@ -10,6 +10,8 @@ cdef extern from "prefork.h" nogil:
         PF_ERR_APP_BODY_LONG
         PF_ERR_APP_BODY_SHORT
         PF_ERR_CLOSED
+        PF_ERR_WEBSOCKET_KEY
+        PF_ERR_WEBSOCKET_VERSION
         PF_ERR_WRITE_TIMEOUT
         PF_ERR_IDLE_TIMEOUT
         PF_ERR_PROXY
@@ -172,6 +174,7 @@ cdef extern from "prefork.h" nogil:
         PF_OPTION_GET_ONLY
         PF_OPTION_TCP_KEEPALIVE
         PF_OPTION_KEEP_ON_DRAIN
+        PF_OPTION_WS_DEFLATE
 
     cdef enum:
         PF_PROXY_V1
@@ -190,6 +193,8 @@ cdef extern from "prefork.h" nogil:
         uint32_t max_header_size, max_fields
         uint64_t max_body_size
         uint32_t body_buffer_size
+        uint32_t ws_max_size, ws_ping_interval_ms, ws_ping_timeout_ms
+        uint32_t ws_close_timeout_ms
         const char *spill_dir
         const char *server
         const char *content_type
@@ -211,6 +216,7 @@ cdef extern from "prefork.h" nogil:
         PF_EVENT_WOKEN
         PF_EVENT_READABLE
         PF_EVENT_ENDED
+        PF_EVENT_MESSAGE
 
     ctypedef struct pf_event:
         uint32_t flags
@@ -325,6 +331,25 @@ cdef extern from "prefork.h" nogil:
                           size_t content_type_len, const char *body, size_t len,
                           void *ref)
 
+    # ---- WebSockets ----
+    cdef enum:
+        PF_MESSAGE_TEXT
+        PF_MESSAGE_BINARY
+
+    ctypedef struct pf_message:
+        const char *data
+        size_t len
+        int kind
+
+    int pf_channel_offered(const pf_request *request)
+    int pf_channel_begin(pf_request *request, const char *subprotocol, size_t len)
+    int pf_channel_open(pf_request *request)
+    int pf_channel_receive(pf_request *request, pf_message *message)
+    int pf_channel_send_ref(pf_request *request, int kind, const char *data,
+                            size_t len, void *ref)
+    int pf_channel_close(pf_request *request, int code, const char *reason, size_t len)
+    int pf_channel_code(const pf_request *request, pf_slice *reason)
+
 
 cdef int check(int rc) except -1
 cdef bytes latin(object text)
@@ -412,6 +437,13 @@ cdef class Request:
     cdef int whole(self, bytes data) except -1
     cdef int conclude(self) except -1
     cdef int64_t announced(self)
+    cdef int offered(self)
+    cdef int switch(self, bytes subprotocol, fields) except -1
+    cdef object message(self)
+    cdef int send_bytes(self, bytes data) except -1
+    cdef int send_text(self, str text) except -1
+    cdef int close_websocket(self, int code, str reason) except -1
+    cdef tuple closing(self)
 
 cdef class Headers:
     cdef Request request

@@ -17,7 +17,12 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
-from cpython.unicode cimport PyUnicode_DecodeLatin1, PyUnicode_GET_LENGTH
+from cpython.unicode cimport (
+    PyUnicode_AsUTF8AndSize,
+    PyUnicode_DecodeLatin1,
+    PyUnicode_DecodeUTF8,
+    PyUnicode_GET_LENGTH,
+)
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -441,6 +446,7 @@ cdef dict OPTION_FLAGS = {
     "get_only": PF_OPTION_GET_ONLY,
     "tcp_keepalive": PF_OPTION_TCP_KEEPALIVE,
     "keep_on_drain": PF_OPTION_KEEP_ON_DRAIN,
+    "ws_deflate": PF_OPTION_WS_DEFLATE,
 }
 
 REQUEST = PF_EVENT_REQUEST
@@ -452,6 +458,9 @@ REFUSED = PF_EVENT_REFUSED
 WOKEN = PF_EVENT_WOKEN
 READABLE_FD = PF_EVENT_READABLE
 ENDED = PF_EVENT_ENDED
+MESSAGE = PF_EVENT_MESSAGE
+WEBSOCKET_KEY = PF_ERR_WEBSOCKET_KEY
+WEBSOCKET_VERSION = PF_ERR_WEBSOCKET_VERSION
 
 PROXY_V1 = PF_PROXY_V1
 PROXY_V2 = PF_PROXY_V2
@@ -537,6 +546,14 @@ cdef int read_options(pf_options *o, dict given, list keep) except -1:
             o.max_body_size = value
         elif name == "body_buffer_size":
             o.body_buffer_size = value
+        elif name == "ws_max_size":
+            o.ws_max_size = value
+        elif name == "ws_ping_interval_ms":
+            o.ws_ping_interval_ms = value
+        elif name == "ws_ping_timeout_ms":
+            o.ws_ping_timeout_ms = value
+        elif name == "ws_close_timeout_ms":
+            o.ws_close_timeout_ms = value
         elif name == "spill_dir":
             text = os.fsencode(value)
             keep.append(text)
@@ -922,6 +939,11 @@ cdef class Request:
         """Bytes of the answer that the kernel has not taken."""
         return pf_request_pending(self.loan) if self.loan is not NULL else 0
 
+    @property
+    def unsent_bytes(self):
+        """unsent(): bytes of the answer that the kernel has not taken."""
+        return self.unsent()
+
     cdef bytes span(self, pf_span span):
         return self.bytes()[span.at:span.at + span.len]
 
@@ -1267,6 +1289,101 @@ cdef class Request:
         if rc < 0:
             pf_request_abort(loan)
         self.ended()
+
+
+    # -- as a WebSocket --
+
+    cdef int offered(self):
+        """1: it asks to become a WebSocket; 0: it does not; < 0: it does so wrongly."""
+        return pf_channel_offered(self.loan)
+
+    def is_websocket(self):
+        """Whether it asks to become a WebSocket. RequestError if it does so wrongly."""
+        return check(self.offered()) > 0
+
+    cdef int switch(self, bytes subprotocol, fields) except -1:
+        """Accept the handshake; fields are pairs of bytes or str."""
+        cdef const char *name = NULL
+        cdef Py_ssize_t size = 0
+        cdef int rc
+        self.lent()
+        self.detach()
+        if subprotocol is not None:
+            name, size = PyBytes_AS_STRING(subprotocol), PyBytes_GET_SIZE(subprotocol)
+        check(pf_channel_begin(self.loan, name, size))
+        try:
+            for name_, value in fields:
+                self.plain_field(latin(name_), latin(value))
+        except BaseException:
+            pf_request_reset(self.loan)
+            raise
+        return check(pf_channel_open(self.loan))
+
+    def accept(self, subprotocol, fields):
+        """switch(): become a WebSocket; then messages come and go."""
+        self.switch(None if subprotocol is None else latin(subprotocol), fields)
+
+    cdef object message(self):
+        """The next message, str or bytes; None: none is there."""
+        cdef pf_message found
+        if check(pf_channel_receive(self.lent(), &found)) == 0:
+            return None
+        if found.kind == PF_MESSAGE_TEXT:
+            return PyUnicode_DecodeUTF8(found.data, found.len, NULL)
+        return found.data[:found.len]
+
+    def take_message(self):
+        """message(): the next message, str or bytes; None: none is there."""
+        return self.message()
+
+    cdef int send_bytes(self, bytes data) except -1:
+        """A binary message; a large one is borrowed."""
+        if check(pf_channel_send_ref(self.lent(), PF_MESSAGE_BINARY,
+                                     PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data),
+                                     <void *>data)) > 0:
+            Py_INCREF(data)
+        return 0
+
+    cdef int send_text(self, str text) except -1:
+        """A text message; a large one is borrowed."""
+        cdef Py_ssize_t size = 0
+        cdef const char *data = PyUnicode_AsUTF8AndSize(text, &size)
+        if check(pf_channel_send_ref(self.lent(), PF_MESSAGE_TEXT, data, size,
+                                     <void *>text)) > 0:
+            Py_INCREF(text)
+        return 0
+
+    def send_message(self, data):
+        """Send a message, str or bytes; returns how many bytes are pending."""
+        if isinstance(data, str):
+            self.send_text(str(data))
+        elif isinstance(data, (bytes, bytearray, memoryview)):
+            self.send_bytes(bytes(data))
+        else:
+            raise TypeError(f"a message is str or bytes, not {data!r}")
+        return pf_request_pending(self.loan)
+
+    cdef int close_websocket(self, int code, str reason) except -1:
+        """Close it, unless the peer has; ends the loan, unless that is refused."""
+        cdef bytes text = reason.encode()
+        check(pf_channel_close(self.lent(), code, PyBytes_AS_STRING(text),
+                               PyBytes_GET_SIZE(text)))
+        self.ended()
+        return 0
+
+    def close(self, int code, str reason):
+        """close_websocket(): after it nothing is sent; what comes is dropped."""
+        self.close_websocket(code, reason)
+
+    cdef tuple closing(self):
+        """(code, reason) of a WebSocket that is closed or lost."""
+        cdef pf_slice reason
+        cdef int code = pf_channel_code(self.loan, &reason)
+        return code, reason.data[:reason.len].decode("utf-8", "replace")
+
+    def close_reason(self):
+        """closing(): (code, reason) of a WebSocket that was closed or lost."""
+        return self.closing()
 
 
 cdef const char *latin_view(object text, Py_ssize_t *size) except NULL:

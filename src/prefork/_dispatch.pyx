@@ -38,6 +38,7 @@ from prefork._core cimport (
     PF_EVENT_CLOSED,
     PF_EVENT_DRAINED,
     PF_EVENT_ENDED,
+    PF_EVENT_MESSAGE,
     PF_EVENT_READABLE,
     PF_EVENT_REFUSED,
     PF_EVENT_RELEASED,
@@ -272,6 +273,8 @@ cdef class Dispatcher:
             if flags & PF_EVENT_CLOSED:
                 exchange.on_closed(code)
                 return 0
+            if flags & PF_EVENT_MESSAGE:
+                exchange.on_message()
             if flags & PF_EVENT_BODY:
                 exchange.on_body()
             if flags & PF_EVENT_WRITABLE:

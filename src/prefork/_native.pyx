@@ -79,6 +79,21 @@ cdef class Request(_core.Request):
         """
         return self.desk.body_stream(self)
 
+    async def websocket(self, subprotocol=None, headers=None):
+        """Accept a WebSocket handshake; returns a websocket.WebSocket.
+
+        For async handlers. subprotocol is one of those that the client speaks,
+        headers are fields of the answer. RequestError, which answers it, if the request
+        is no handshake.
+        """
+        return self.desk.open_websocket(self, subprotocol, headers)
+
+    @property
+    def subprotocols(self):
+        """The WebSocket subprotocols that the client speaks, as it prefers them."""
+        text = self.headers.get("sec-websocket-protocol", "")
+        return [part.strip() for part in text.split(",") if part.strip()]
+
     def inform(self, int status, headers):
         """An interim answer, sent at once: 103 Early Hints and its like (RFC 8297)."""
         self.desk.inform(self, status, headers)

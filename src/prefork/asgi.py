@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefork import _core, eventloop, log
-from prefork._asgi import VERSIONS, Dispatcher, Exchange
+from prefork._asgi import VERSIONS, Exchange
 from prefork._native import Request
+from prefork._websocket import Dispatcher
 from prefork.errors import AppStartupError, ClientDisconnected
 from prefork.native import Hooks, LoopDesk, is_async
 
@@ -298,9 +299,15 @@ class AsgiDesk(LoopDesk):
         told = error if isinstance(error, Exception) else None
         if not request.answered:
             self.failed(request, told)
-        elif told is not None and not tells_departure(told):
-            method, path = exchange.scope["method"], exchange.scope["path"]
-            self.logger.error("%s %s failed", method, path, exc_info=told)
+        else:
+            self.log_failure(exchange, told)
+
+    def log_failure(self, exchange: Exchange, error: BaseException | None) -> None:
+        """Say what failed, unless it is what becomes of a client that has left."""
+        if error is not None and not tells_departure(error):
+            method = exchange.scope.get("method", "WebSocket")
+            path = exchange.scope["path"]
+            self.logger.error("%s %s failed", method, path, exc_info=error)
 
 
 def tells_departure(error: BaseException) -> bool:

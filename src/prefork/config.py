@@ -432,6 +432,26 @@ class Config:
     body_temp_dir: str | None = _option(
         None, "Where that file is.", PATH, Group.LIMITS, none="as TMPDIR says"
     )
+    ws_max_size: int = _limit(
+        16 << 20, "Of a WebSocket message, then close 1009.", SIZE, 1
+    )
+    ws_ping_interval: float | None = _limit(
+        20.0,
+        "Ping a WebSocket that has said nothing for so long.",
+        DURATION,
+        _INSTANT,
+        none="never",
+    )
+    ws_ping_timeout: float | None = _limit(
+        20.0,
+        "Close it (1011) if it says nothing then, either.",
+        DURATION,
+        _INSTANT,
+        none="never",
+    )
+    ws_close_timeout: float = _limit(
+        10.0, "For a client's part of a close that we began.", DURATION, _INSTANT
+    )
     read_buffer_size: int = _limit(
         4096, "First size of a connection's read buffer.", SIZE, 256
     )
@@ -468,6 +488,9 @@ class Config:
         "Event loop of ASGI and async handlers; auto is uvloop if it is installed.",
         TEXT,
         choices=("auto", "asyncio", "uvloop"),
+    )
+    ws_per_message_deflate: bool = _answer(
+        True, "Agree to compress WebSocket messages (RFC 7692).", BOOLEAN
     )
     header_map: str = _answer(
         "drop",

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from prefork import _core, eventloop, log
+from prefork import _core, eventloop, log, websocket
 from prefork._native import Dispatcher, Request, Response
 from prefork.errors import (
     ClientDisconnected,
@@ -282,6 +282,13 @@ class Desk:
 
     def body_stream(self, request: Request) -> BodyStream:
         return BodyStream(request)
+
+    # -- WebSockets --
+
+    def open_websocket(
+        self, request: Request, subprotocol: str | None, headers: Any
+    ) -> websocket.WebSocket:
+        raise RuntimeError("WebSockets are for async handlers")
 
     # -- answering --
 
@@ -820,8 +827,26 @@ class AsyncDesk(LoopDesk):
         if isinstance(result, asyncio.Task) and result in self.tasks:
             exchange = request.exchange or Awaited(self, request)
             exchange.follow(result)
-        else:
+        elif isinstance(request.exchange, websocket.WebSocket):
+            request.exchange.finish(websocket.NORMAL)
+        elif not (request.answered and result is None):  # of a closed WebSocket
             super().finish(request, result)
+
+    def failed(self, request: Request, error: Exception | None) -> None:
+        exchange = request.exchange
+        if not isinstance(exchange, websocket.WebSocket):
+            super().failed(request, error)
+            return
+        if error is not None and not isinstance(error, ClientDisconnected):
+            self.logger.error("%r failed", request, exc_info=error)
+        exchange.finish(websocket.ERROR)
+
+    def open_websocket(
+        self, request: Request, subprotocol: str | None, headers: Any
+    ) -> websocket.WebSocket:
+        websocket.check(request)
+        fields = Response(headers=headers).fields()
+        return websocket.WebSocket(self, request, subprotocol, fields)
 
     def stream(self, request: Request, response: Response, body: Any) -> None:
         if not isinstance(body, AsyncIterator):

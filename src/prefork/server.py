@@ -101,6 +101,11 @@ def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
         "max_fields": config.max_fields,
         # The hook may allow a request more: then the desk sets the limit of each.
         "max_body_size": UNLIMITED if hooks else config.max_request_body_size,
+        "ws_max_size": config.ws_max_size,
+        "ws_ping_interval_ms": _ms(config.ws_ping_interval or 0),
+        "ws_ping_timeout_ms": _ms(config.ws_ping_timeout or 0),
+        "ws_close_timeout_ms": _ms(config.ws_close_timeout),
+        "ws_deflate": config.ws_per_message_deflate,
         "server": "" if config.no_default_server_header else config.name,
         "content_type": "" if bare else CONTENT_TYPE,
         "lend_heads": hooks or streams_bodies(config, interface),

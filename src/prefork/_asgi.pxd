@@ -1,0 +1,82 @@
+# cython: language_level=3
+"""ASGI over HTTP, as WebSockets build on it. The theory stands in _asgi.pyx."""
+from libc.stdint cimport int64_t
+
+from prefork cimport _dispatch
+from prefork._blocks cimport Blocks
+from prefork._core cimport Request, pf_head, pf_peer
+
+
+cdef class Done:
+    cdef object result
+
+cdef Done NOTHING
+cdef Done done(object result)
+cdef int wake(list waiters) except -1
+cdef list joined(list waiters, waiter)
+cdef bytes bytes_of(object data)
+
+cdef enum:  # what the app has sent
+    WAITING    # nothing
+    STARTED    # the head, which is held back
+    STREAMING  # the head and some of the body
+    COMPLETE   # all
+
+
+cdef class Dispatcher(_dispatch.Dispatcher):
+    cdef dict template
+    cdef dict state        # of the lifespan
+    cdef dict extensions
+    cdef str root_path
+    cdef bytes raw_root
+    cdef Blocks blocks     # of header fields, and lists of them
+    cdef pf_peer remote    # the end that came last, which is likely to come again
+    cdef str remote_text
+    cdef pf_peer local     # the end that `server` names
+    cdef object server
+    cdef object unix_server
+    cdef object make_task
+    cdef dict how          # its keywords
+    cdef bint eager        # a task has begun when it is made
+    cdef bint starting     # a task is being started: the loop turns soon anyway
+
+    cdef int set_ends(self, dict scope, Request request) except -1
+    cdef int set_origin(self, dict scope, Request request) except -1
+    cdef int set_path(self, dict scope, const pf_head *head,
+                      const char *data) except -1
+    cdef bint is_under_root(self, str path)
+    cdef list header_list(self, const pf_head *head, const char *data)
+    cdef dict scope(self, Request request)
+    cdef int start(self, Exchange exchange, Request request) except -1
+
+
+cdef class Exchange:
+    cdef Request request
+    cdef Dispatcher dispatcher
+    cdef readonly dict scope
+    cdef int stage
+    cdef object status
+    cdef object fields
+    cdef bint received       # the app has the whole body
+    cdef bint ended          # the client has closed its side
+    cdef readonly object error  # why nothing more can be sent
+    cdef list readers        # futures of those who wait for a message
+    cdef list writers        # and for room
+
+    cdef dict make_scope(self)
+    cpdef dict next_message(self)
+    cdef int send_start(self, message) except -1
+    cdef object send_body(self, message)
+    cdef object sent(self, bint more)
+    cdef int begin(self) except -1
+    cdef int complete_whole(self, bytes body) except -1
+    cdef int tell_length(self, int64_t size) except -1
+    cdef bint is_bodiless(self) except -1
+    cdef int complete(self) except -1
+    cdef int send_path(self, message) except -1
+    cdef object send_file(self, message)
+    cdef int send_hint(self, message) except -1
+    cpdef bint is_full(self)
+    cdef int settle(self, task) except -1
+    cdef str missing(self)
+    cdef int fail(self, error) except -1

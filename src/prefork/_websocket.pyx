@@ -1,0 +1,273 @@
+# cython: language_level=3, binding=True, freethreading_compatible=False
+"""ASGI over WebSockets: the same task and the same awaitables, with messages.
+
+A message that is there when the app asks is returned at once; it is taken out of the
+core's queue then and not before, so a client that sends more than the app receives is
+not read. What the app sends leaves when the loop turns next, with all else.
+"""
+import sys
+
+from cpython.dict cimport PyDict_GetItem, PyDict_SetItem
+from cpython.object cimport PyObject
+
+from prefork import _core as core
+
+from prefork cimport _asgi
+from prefork._asgi cimport COMPLETE, WAITING, bytes_of, done, joined, wake
+from prefork._core cimport (
+    PF_ERR_CLOSED,
+    PF_HEAD_UPGRADE,
+    Request,
+)
+from prefork.errors import ClientDisconnected
+
+
+cdef str TYPE = sys.intern("type")
+cdef str TEXT = sys.intern("text")
+cdef str BYTES = sys.intern("bytes")
+cdef str SCHEME = sys.intern("scheme")
+
+cdef str CONNECT = sys.intern("websocket.connect")
+cdef str ACCEPT = sys.intern("websocket.accept")
+cdef str RECEIVE = sys.intern("websocket.receive")
+cdef str SEND = sys.intern("websocket.send")
+cdef str DISCONNECT = sys.intern("websocket.disconnect")
+cdef str CLOSE = sys.intern("websocket.close")
+cdef str START = sys.intern("websocket.http.response.start")
+cdef str BODY = sys.intern("websocket.http.response.body")
+
+cdef dict SCHEMES = {"http": "ws", "https": "wss"}
+PROTOCOL = b"sec-websocket-protocol"
+
+
+cdef class Dispatcher(_asgi.Dispatcher):
+    """Calls ASGI apps, for requests and for WebSockets."""
+
+    cdef int perform(self, Request request) except -1:
+        cdef int offered
+        cdef WebSocket socket
+        if not request.head.flags & PF_HEAD_UPGRADE:
+            return _asgi.Dispatcher.perform(self, request)
+        offered = request.offered()
+        if offered < 0:
+            request.refuse(offered)
+            return 0
+        if offered == 0:
+            return _asgi.Dispatcher.perform(self, request)
+        socket = WebSocket.__new__(WebSocket)
+        return self.start(socket, request)
+
+
+cdef enum:  # where the handshake is
+    ASKED     # the app has not answered
+    OPEN
+    DENIED    # it answers as to any other request
+    CLOSED    # by the app, or by the client
+
+
+cdef class WebSocket(_asgi.Exchange):
+    """receive() and send() of one WebSocket, in the event loop's thread.
+
+    The loan ends with the close, whoever begins it; messages that came before are kept.
+    """
+
+    cdef int state
+    cdef bint connected  # the app has received websocket.connect
+    cdef list backlog    # messages that came before the client left, last first
+    cdef object code
+    cdef object reason
+
+    cdef dict make_scope(self):
+        cdef dict scope = self.dispatcher.scope(self.request)
+        del scope["method"]
+        PyDict_SetItem(scope, TYPE, "websocket")
+        PyDict_SetItem(scope, SCHEME, SCHEMES[scope[SCHEME]])
+        scope["subprotocols"] = self.subprotocols(scope["headers"])
+        scope["extensions"] = {"websocket.http.response": {}}
+        return scope
+
+    cdef list subprotocols(self, headers):
+        """What the client speaks, as it prefers it (RFC 6455 4.1)."""
+        names = []
+        for name, value in headers:
+            if name == PROTOCOL:
+                names += [part.strip() for part in value.decode("latin-1").split(",")]
+        return [name for name in names if name]
+
+    # -- receiving --
+
+    def receive(self):
+        """The next message of the client."""
+        cdef dict message = self.next_message()
+        if message is None:
+            return self.dispatcher.desk.receive(self)
+        return done(message)
+
+    cpdef dict next_message(self):
+        if not self.connected:
+            self.connected = True
+            return {TYPE: CONNECT}
+        if self.state == OPEN:
+            data = self.request.message()
+        elif self.backlog:
+            data = self.backlog.pop()
+        elif self.request.loan is NULL or self.ended:
+            code = 1006 if self.code is None else self.code
+            return {TYPE: DISCONNECT, "code": code, "reason": self.reason or ""}
+        else:
+            return None
+        if data is None:
+            return None
+        return {TYPE: RECEIVE, (TEXT if type(data) is str else BYTES): data}
+
+    def message_coming(self):
+        """A future that is done when next_message() is worth a look."""
+        waiter = self.dispatcher.desk.loop.create_future()
+        if self.state != OPEN:
+            try:
+                self.request.want_end()
+            except ClientDisconnected:
+                self.ended = True
+                waiter.set_result(None)
+                return waiter
+        self.dispatcher.desk.schedule()  # to read on, if there was no room before
+        self.readers = joined(self.readers, waiter)
+        return waiter
+
+    # -- sending --
+
+    def send(self, message):
+        """Send a message; RuntimeError if it is not its turn, OSError if nobody is
+        there any more."""
+        kind = message["type"]
+        if kind == SEND and self.state == OPEN:
+            return self.send_message(message)
+        if self.error is not None:
+            raise ClientDisconnected(str(self.error))
+        if self.state == CLOSED or self.stage == COMPLETE:
+            raise RuntimeError(f"{kind} was sent after the WebSocket was closed")
+        if kind == ACCEPT and self.state == ASKED:
+            self.accept(message)
+        elif kind == CLOSE and self.state == OPEN:
+            self.close(message.get("code", 1000), message.get("reason") or "")
+        elif kind == CLOSE and self.state == ASKED:
+            self.deny(403, "the app closed the WebSocket before it accepted it")
+        elif kind == START and self.state == ASKED:
+            self.send_start(message)
+            self.state = DENIED
+        elif kind == BODY and self.state == DENIED:
+            return self.send_body(message)
+        else:
+            raise RuntimeError(f"{kind!r} cannot be sent now")
+        if not self.dispatcher.starting:
+            self.dispatcher.desk.schedule()
+        return _asgi.NOTHING
+
+    cdef object send_message(self, message):
+        cdef PyObject *found
+        cdef object text = None
+        if type(message) is dict:
+            found = PyDict_GetItem(message, TEXT)
+            if found is not NULL:
+                text = <object>found
+        else:
+            text = message.get(TEXT)
+        if type(text) is str:
+            self.request.send_text(<str>text)
+        elif text is not None:
+            if not isinstance(text, str):
+                raise TypeError(f"text must be a str, not {text!r}")
+            self.request.send_text(str.__str__(text))
+        else:
+            data = message.get(BYTES)
+            if data is None:
+                raise ValueError("websocket.send has neither text nor bytes")
+            self.request.send_bytes(data if type(data) is bytes else bytes_of(data))
+        if self.is_full():
+            return self.dispatcher.desk.drain(self)
+        if not self.dispatcher.starting:
+            self.dispatcher.desk.schedule()
+        return _asgi.NOTHING
+
+    cdef int accept(self, message) except -1:
+        """Complete the handshake. A subprotocol among the headers counts, too."""
+        cdef list fields = []
+        subprotocol = message.get("subprotocol")
+        for name, value in message.get("headers") or ():
+            name, value = bytes_of(name), bytes_of(value)
+            if name.lower() == PROTOCOL and subprotocol is None:
+                subprotocol = value.decode("latin-1")
+            fields.append((name, value))
+        self.request.switch(None if subprotocol is None
+                            else subprotocol.encode("latin-1"), fields)
+        self.state = OPEN
+        self.request.attach(self)
+        wake(self.readers)
+        return 0
+
+    cdef int close(self, int code, str reason) except -1:
+        self.request.close_websocket(code, reason)
+        self.state = CLOSED
+        self.code, self.reason = code, reason
+        wake(self.readers)
+        wake(self.writers)
+        return 0
+
+    cdef int deny(self, int status, str reason) except -1:
+        """The client gets an ordinary answer instead of a WebSocket."""
+        self.request.respond(status, [], b"")
+        self.state, self.stage = CLOSED, COMPLETE
+        wake(self.readers)
+        return 0
+
+    # -- events of the loan --
+
+    def on_message(self):
+        """Messages have come, where none were."""
+        wake(self.readers)
+
+    def on_closed(self, code):
+        """Closed by the client, by the core, or lost."""
+        self.error = core.error(PF_ERR_CLOSED)
+        if self.state == OPEN:
+            self.keep_backlog()
+            self.code, self.reason = self.request.closing()
+            self.request.close_websocket(1000, "")
+        else:
+            self.request.abort()
+        self.state = CLOSED
+        wake(self.readers)
+        wake(self.writers)
+
+    cdef int keep_backlog(self) except -1:
+        cdef list found = []
+        data = self.request.message()
+        while data is not None:
+            found.append(data)
+            data = self.request.message()
+        found.reverse()
+        self.backlog = found
+        return 0
+
+    # -- the end --
+
+    cdef str missing(self):
+        return "the app returned without accepting or closing the WebSocket"
+
+    cdef int settle(self, task) except -1:
+        """The app has returned or raised. Who returns has nothing more to say."""
+        if (self.state == OPEN and self.request.loan is not NULL
+                and not task.cancelled() and task.exception() is None):
+            self.close(1000, "")
+            self.scope = None
+            return 0
+        return _asgi.Exchange.settle(self, task)
+
+    cdef int fail(self, error) except -1:
+        """500 if the handshake was not answered; else 1011, or 1012 when we leave."""
+        if self.state == OPEN and self.request.loan is not NULL:
+            self.dispatcher.desk.log_failure(self, error)
+            self.close(1012 if error is None else 1011, "")
+            return 0
+        self.state = CLOSED
+        return _asgi.Exchange.fail(self, error)
