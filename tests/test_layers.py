@@ -76,7 +76,7 @@ MODULES: dict[str, set[str]] = {
     "_asgi": {"_core", "_blocks", "_dispatch", "_native", "errors"},
     "_websocket": {"_core", "_asgi", "errors"},
     "eventloop": {"errors"},
-    "websocket": {"_core", "errors"},
+    "websocket": {"_core", "_websocket", "errors"},
     "native": {"_core", "_native", "errors", "eventloop", "log", "websocket"},
     "wsgi": {"_core", "_native", "_wsgi", "errors", "log", "native"},
     "asgi": {

@@ -4,8 +4,16 @@
 A message that is there when the app asks is returned at once; it is taken out of the
 core's queue then and not before, so a client that sends more than the app receives is
 not read. What the app sends leaves when the loop turns next, with all else.
+
+Who waits for a message is woken in the turn that brings it: the task's step is called
+from the core's event, as it is when a request starts one, and not put off to the event
+loop's next iteration. So a batch of messages is answered before the loop turns again.
 """
 import sys
+from asyncio import CancelledError
+from contextvars import copy_context
+
+cimport cython
 
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem
 from cpython.object cimport PyObject
@@ -13,13 +21,17 @@ from cpython.object cimport PyObject
 from prefork import _core as core
 
 from prefork cimport _asgi
-from prefork._asgi cimport COMPLETE, WAITING, bytes_of, done, joined, wake
+from prefork._asgi cimport COMPLETE, bytes_of, done, joined, wake
 from prefork._core cimport (
     PF_ERR_CLOSED,
     PF_HEAD_UPGRADE,
     Request,
 )
 from prefork.errors import ClientDisconnected
+
+
+cdef extern from "Python.h":
+    void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
 
 
 cdef str TYPE = sys.intern("type")
@@ -39,6 +51,134 @@ cdef str BODY = sys.intern("websocket.http.response.body")
 cdef dict SCHEMES = {"http": "ws", "https": "wss"}
 PROTOCOL = b"sec-websocket-protocol"
 
+
+# ---- Waiting ----
+
+cdef enum:
+    PENDING
+    WOKEN
+    CANCELLED
+
+
+@cython.freelist(64)
+cdef class Waiter:
+    """What a task waits for: a future to asyncio, without a result, for one task.
+
+    wake(True) steps the task at once. That is for the core's events, which come while
+    no task runs; within a task it is wake(False), and the loop does so soon.
+    """
+
+    cdef public bint _asyncio_future_blocking  # asyncio's protocol for futures
+    cdef object loop
+    cdef object callback
+    cdef object context
+    cdef int outcome
+
+    def __init__(self, loop):
+        self.loop = loop
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.outcome != PENDING:
+            raise StopIteration  # to Cython it means no more than to return NULL
+        self._asyncio_future_blocking = True
+        return self
+
+    def get_loop(self):
+        """As a future's."""
+        return self.loop
+
+    def add_done_callback(self, callback, *, context=None):
+        """As a future's; of its task."""
+        self.callback = callback
+        self.context = copy_context() if context is None else context
+        if self.outcome != PENDING:
+            self.call(False)
+
+    def remove_done_callback(self, callback):
+        """As a future's."""
+        self.callback = None
+
+    def done(self):
+        """As a future's."""
+        return self.outcome != PENDING
+
+    def cancelled(self):
+        """As a future's."""
+        return self.outcome == CANCELLED
+
+    def cancel(self, msg=None):
+        """As a future's."""
+        if self.outcome != PENDING:
+            return False
+        self.outcome = CANCELLED
+        self.call(False)
+        return True
+
+    def result(self):
+        """As a future's."""
+        if self.outcome == CANCELLED:
+            raise CancelledError
+
+    def set_result(self, result):
+        """As a future's: wake(False)."""
+        self.wake(False)
+
+    cpdef int wake(self, bint now) except -1:
+        """Let the task go on, if it has not given up."""
+        if self.outcome == PENDING:
+            self.outcome = WOKEN
+            self.call(now)
+        return 0
+
+    cdef int call(self, bint now) except -1:
+        callback, context = self.callback, self.context
+        self.callback = self.context = None
+        if callback is None:
+            return 0
+        if now:
+            context.run(callback, self)
+        else:
+            self.loop.call_soon(callback, self, context=context)
+        return 0
+
+
+cdef class Reception(Waiter):
+    """A receive() that waits; a coroutine to those who ask for one."""
+
+    cdef WebSocket socket
+
+    def __next__(self):
+        cdef dict message = self.socket.next_message()
+        while message is None and not self.socket.expect(self):
+            message = self.socket.next_message()
+        if message is not None:
+            PyErr_SetObject(StopIteration, message)
+            raise StopIteration
+        self.outcome = PENDING
+        self._asyncio_future_blocking = True
+        return self
+
+    def send(self, value):
+        """As a coroutine's; so that it may become a task."""
+        return self.__next__()
+
+    def throw(self, kind, value=None, traceback=None):
+        """As a coroutine's: whoever cancels it has it cancelled."""
+        if value is None:
+            value = kind if isinstance(kind, BaseException) else kind()
+        raise value
+
+    def close(self):
+        """As a coroutine's: there is nothing to close."""
+
+
+# ---- From requests to WebSockets ----
 
 cdef class Dispatcher(_asgi.Dispatcher):
     """Calls ASGI apps, for requests and for WebSockets."""
@@ -98,10 +238,14 @@ cdef class WebSocket(_asgi.Exchange):
 
     def receive(self):
         """The next message of the client."""
+        cdef Reception reception
         cdef dict message = self.next_message()
-        if message is None:
-            return self.dispatcher.desk.receive(self)
-        return done(message)
+        if message is not None:
+            return done(message)
+        reception = Reception.__new__(Reception)
+        reception.loop = self.dispatcher.desk.loop
+        reception.socket = self
+        return reception
 
     cpdef dict next_message(self):
         if not self.connected:
@@ -120,19 +264,23 @@ cdef class WebSocket(_asgi.Exchange):
             return None
         return {TYPE: RECEIVE, (TEXT if type(data) is str else BYTES): data}
 
-    def message_coming(self):
-        """A future that is done when next_message() is worth a look."""
-        waiter = self.dispatcher.desk.loop.create_future()
+    cdef bint expect(self, Reception reception) except -1:
+        """Wake it when next_message() is worth a look. False: it is so now."""
         if self.state != OPEN:
             try:
                 self.request.want_end()
             except ClientDisconnected:
                 self.ended = True
-                waiter.set_result(None)
-                return waiter
-        self.dispatcher.desk.schedule()  # to read on, if there was no room before
-        self.readers = joined(self.readers, waiter)
-        return waiter
+                return False
+        self.readers = joined(self.readers, reception)
+        self.turn()  # to read on, if there was no room before
+        return True
+
+    cdef int turn(self) except -1:
+        """Have the loop turn soon."""
+        if not self.dispatcher.starting:
+            self.dispatcher.desk.schedule()
+        return 0
 
     # -- sending --
 
@@ -159,8 +307,7 @@ cdef class WebSocket(_asgi.Exchange):
             return self.send_body(message)
         else:
             raise RuntimeError(f"{kind!r} cannot be sent now")
-        if not self.dispatcher.starting:
-            self.dispatcher.desk.schedule()
+        self.turn()
         return _asgi.NOTHING
 
     cdef object send_message(self, message):
@@ -185,8 +332,7 @@ cdef class WebSocket(_asgi.Exchange):
             self.request.send_bytes(data if type(data) is bytes else bytes_of(data))
         if self.is_full():
             return self.dispatcher.desk.drain(self)
-        if not self.dispatcher.starting:
-            self.dispatcher.desk.schedule()
+        self.turn()
         return _asgi.NOTHING
 
     cdef int accept(self, message) except -1:
@@ -224,7 +370,29 @@ cdef class WebSocket(_asgi.Exchange):
 
     def on_message(self):
         """Messages have come, where none were."""
-        wake(self.readers)
+        self.step()
+
+    def on_ended(self):
+        """The client has closed its side before the handshake was answered."""
+        self.ended = True
+        self.step()
+
+    cdef int step(self) except -1:
+        """An event: who waits for a message goes on here and now."""
+        cdef list readers = self.readers
+        cdef _asgi.Dispatcher dispatcher = self.dispatcher
+        if readers is None:
+            return 0
+        self.readers = None
+        dispatcher.starting = True
+        try:
+            for reception in readers:
+                (<Reception>reception).wake(True)
+        finally:
+            dispatcher.starting = False
+        dispatcher.check_fork(None)
+        dispatcher.loop.touch()
+        return 0
 
     def on_closed(self, code):
         """Closed by the client, by the core, or lost."""
@@ -236,7 +404,7 @@ cdef class WebSocket(_asgi.Exchange):
         else:
             self.request.abort()
         self.state = CLOSED
-        wake(self.readers)
+        self.step()
         wake(self.writers)
 
     cdef int keep_backlog(self) except -1:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from prefork import _core
+from prefork._websocket import Waiter
 from prefork.errors import ClientDisconnected, RequestError
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class WebSocket:
         self.close_code: int | None = None
         self.close_reason = ""
         self.backlog: list[str | bytes] = []  # came before the close, last first
-        self.readers: list[asyncio.Future[None]] = []
-        self.writers: list[asyncio.Future[None]] = []
+        self.readers: list[Waiter] = []
+        self.writers: list[Waiter] = []
         request.accept(subprotocol, fields)
         request.attach(self)
         desk.schedule()
@@ -98,22 +99,22 @@ class WebSocket:
         reason = f": {self.close_reason}" if self.close_reason else ""
         return f"the WebSocket is closed ({self.close_code}{reason})"
 
-    def waiting(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
+    def waiting(self, waiters: list[Waiter]) -> Waiter:
         """A future for who waits; those who have given up are left out."""
-        waiters[:] = [waiter for waiter in waiters if not waiter.done()]
-        waiters.append(self.desk.loop.create_future())
-        return waiters[-1]
+        waiter = Waiter(self.desk.loop)
+        waiters[:] = [*(one for one in waiters if not one.done()), waiter]
+        return waiter
 
-    def end(self, code: int, reason: str) -> None:
+    def end(self, code: int, reason: str, now: bool = False) -> None:
         self.close_code, self.close_reason = code, reason
-        wake(self.readers)
-        wake(self.writers)
+        wake(self.readers, now)
+        wake(self.writers, now)
         self.desk.schedule()
 
     # Events of the loan.
 
     def on_message(self) -> None:
-        wake(self.readers)
+        wake(self.readers, True)
 
     def on_body(self) -> None:
         """A handshake has none."""
@@ -122,7 +123,7 @@ class WebSocket:
         """Nobody has asked for this."""
 
     def on_writable(self) -> None:
-        wake(self.writers)
+        wake(self.writers, True)
 
     def on_closed(self, code: int) -> None:
         """The peer has closed, or is lost, or the core has closed."""
@@ -130,7 +131,7 @@ class WebSocket:
             self.backlog.insert(0, message)
         how = self.request.close_reason()
         self.request.close(NORMAL, "")
-        self.end(*how)
+        self.end(*how, now=True)
 
     # The handler's task.
 
@@ -155,12 +156,12 @@ class WebSocket:
             self.end(code, "")
 
 
-def wake(waiters: list[asyncio.Future[None]]) -> None:
-    """Let all who wait go on."""
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
+def wake(waiters: list[Waiter], now: bool) -> None:
+    """Let all who wait go on: now, in an event of the core, or soon."""
+    woken = waiters[:]
     waiters.clear()
+    for waiter in woken:
+        waiter.wake(now)
 
 
 def check(request: Request) -> None:
