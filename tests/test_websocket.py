@@ -806,6 +806,7 @@ def test_a_drain_closes_with_1012(asgi):
     assert app.next() == disconnect(1012)
     raw.send(closing(1012))
     assert raw.ended()
+    assert live.ended() is None
 
 
 def test_a_drain_does_not_wait_for_who_does_not_close(asgi):
@@ -838,6 +839,8 @@ def test_a_handshake_that_is_accepted_in_a_drain_is_closed(asgi):
     while not data.endswith(b"\x88\x02\x03\xf4"):
         data += client.socket.recv(65536)
     assert data.startswith(b"HTTP/1.1 101 ")
+    client.close()
+    assert live.ended() is None
 
 
 def test_cancelled_receives_lose_nothing(asgi):
