@@ -478,7 +478,7 @@ offered(const char *text, char accept[PF__WEBSOCKET_ACCEPT_SIZE])
     pf_options limits;
     pf_options_init(&limits);
     memset(&head, 0, sizeof head);
-    assert(pf__http_parse_head(&head, &state, text, strlen(text), &limits) > 0);
+    assert(pf__http_parse_head(&head, &state, text, strlen(text), &limits, NULL) > 0);
     int rc = pf__websocket_offered(&head, text);
     if (rc > 0)
         pf__websocket_accept_key(&head, text, accept);
