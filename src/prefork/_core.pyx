@@ -1290,7 +1290,6 @@ cdef class Request:
             pf_request_abort(loan)
         self.ended()
 
-
     # -- as a WebSocket --
 
     cdef int offered(self):
@@ -1305,7 +1304,6 @@ cdef class Request:
         """Accept the handshake; fields are pairs of bytes or str."""
         cdef const char *name = NULL
         cdef Py_ssize_t size = 0
-        cdef int rc
         self.lent()
         self.detach()
         if subprotocol is not None:
