@@ -21,7 +21,8 @@ from cpython.object cimport PyObject
 from prefork import _core as core
 
 from prefork cimport _asgi
-from prefork._asgi cimport COMPLETE, bytes_of, done, joined, wake
+from prefork._asgi cimport COMPLETE, bytes_of, done, joined
+from prefork._asgi cimport wake as wake_all
 from prefork._core cimport (
     PF_ERR_CLOSED,
     PF_HEAD_UPGRADE,
@@ -348,22 +349,22 @@ cdef class WebSocket(_asgi.Exchange):
                             else subprotocol.encode("latin-1"), fields)
         self.state = OPEN
         self.request.attach(self)
-        wake(self.readers)
+        wake_all(self.readers)
         return 0
 
     cdef int close(self, int code, str reason) except -1:
         self.request.close_websocket(code, reason)
         self.state = CLOSED
         self.code, self.reason = code, reason
-        wake(self.readers)
-        wake(self.writers)
+        wake_all(self.readers)
+        wake_all(self.writers)
         return 0
 
     cdef int deny(self, int status, str reason) except -1:
         """The client gets an ordinary answer instead of a WebSocket."""
         self.request.respond(status, [], b"")
         self.state, self.stage = CLOSED, COMPLETE
-        wake(self.readers)
+        wake_all(self.readers)
         return 0
 
     # -- events of the loan --
@@ -405,7 +406,7 @@ cdef class WebSocket(_asgi.Exchange):
             self.request.abort()
         self.state = CLOSED
         self.step()
-        wake(self.writers)
+        wake_all(self.writers)
 
     cdef int keep_backlog(self) except -1:
         cdef list found = []
