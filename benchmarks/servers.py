@@ -268,7 +268,7 @@ _ALL = (
     Server("limit", limit, prints_port=True, serves=_EVERYTHING),
     Server("limit-nodefer", limit_without_defer, prints_port=True),
     Server("core", core, prints_port=True),
-    Server("prefork", prefork("hello")),
+    Server("prefork", prefork("hello"), serves=_EVERYTHING),
     Server("prefork-16", prefork("hello", "--threads", "16")),
     Server("prefork-wsgi", prefork("wsgi")),
     Server("prefork-wsgi-16", prefork("wsgi", "--threads", "16")),

@@ -1,4 +1,4 @@
-"""Native handlers: the smallest answer, and one of 1 MiB."""
+"""Native handlers: the smallest answer, one of 1 MiB, and a WebSocket's echo."""
 
 BIG = b"x" * (1 << 20)
 
@@ -9,3 +9,9 @@ def app(request):
 
 def big(request):
     return BIG
+
+
+async def echo(request):
+    websocket = await request.websocket()
+    async for message in websocket:
+        await websocket.send(message)

@@ -1,4 +1,4 @@
-"""What the Autobahn suite talks to: an ASGI app that sends each message back."""
+"""What the Autobahn suite talks to: an ASGI app, and a handler, that echo messages."""
 
 
 async def app(scope, receive, send):
@@ -7,3 +7,9 @@ async def app(scope, receive, send):
     await send({"type": "websocket.accept"})
     while (event := await receive())["type"] == "websocket.receive":
         await send(event | {"type": "websocket.send"})
+
+
+async def handler(request):
+    websocket = await request.websocket()
+    async for message in websocket:
+        await websocket.send(message)

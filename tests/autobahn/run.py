@@ -1,6 +1,7 @@
 """Run the Autobahn test suite against an echo server: `make autobahn`.
 
     python tests/autobahn/run.py --cases '1.*,12.1.*'
+    python tests/autobahn/run.py --app handler
     python tests/autobahn/run.py --server 'uvicorn echo:app --port {port}'
 
 The suite's client (wstest, for Python 2.7) plays its cases against a server that is
@@ -37,7 +38,7 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # A worker that crashes ends the server: nothing is hidden by its successor.
 PREFORK = (
-    "prefork echo:app --bind 127.0.0.1:{port} --workers 1 --recover-threshold 0"
+    "prefork echo:{app} --bind 127.0.0.1:{port} --workers 1 --recover-threshold 0"
     " --log-level warning"
 )
 SECTIONS = {
@@ -98,7 +99,7 @@ def main() -> int:
     shutil.rmtree(options.reports, ignore_errors=True)
     options.reports.mkdir(parents=True)
     try:
-        with serving(options.server, options.reports) as port:
+        with serving(options) as port:
             wanted = play(options, port)
         cases = read_reports(options.reports)
         print_table(cases)
@@ -116,7 +117,10 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--cases", type=patterns, default="*", help="patterns, as '1.*,12.1.*'; all")
-    add("--server", default=PREFORK, help="a command; {port} is put in (%(default)s)")
+    add("--app", choices=("app", "handler"), default="app", help="of echo.py: ASGI's")
+    add(
+        "--server", default=PREFORK, help="another command; {port} and {app} are put in"
+    )
     add("--wstest", type=Path, default=BUILD / "wstest" / "bin" / "wstest")
     add("--reports", type=Path, default=BUILD / "reports", help="emptied first")
     return parser.parse_args()
@@ -171,11 +175,12 @@ def started(command: Sequence[str], **options: Any) -> Iterator[Process]:
 
 
 @contextmanager
-def serving(template: str, reports: Path) -> Iterator[int]:
+def serving(options: argparse.Namespace) -> Iterator[int]:
     """The server under test; its port."""
     port = free_port()
-    command = [word.format(port=port) for word in shlex.split(template)]
-    log = reports / "server.log"
+    known = {"port": port, "app": options.app}
+    command = [word.format(**known) for word in shlex.split(options.server)]
+    log = options.reports / "server.log"
     with (
         log.open("wb") as out,
         started(command, cwd=HERE, stdout=out, stderr=out) as server,
