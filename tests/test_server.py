@@ -1155,3 +1155,20 @@ def awaited(clients: list[Client]) -> list[Client]:
             return ready
         ready += [c for c in waiting if c.socket in found]
         timeout = QUIET
+
+
+@pytest.mark.contract("better: drain")
+def test_who_said_that_it_drains_accepts_nobody_any_more():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = sock.getsockname()
+        server = Server(lambda request: b"", drain_idle=0)
+        late: list[socket.socket] = []
+        server.serve(
+            [sock],
+            on_ready=server.shutdown,
+            on_drain=lambda: late.append(socket.create_connection(address)),
+        )
+        sock.settimeout(SOON)
+        conn, peer = sock.accept()  # by whoever takes its place
+        with conn, late[0]:
+            assert peer == late[0].getsockname()

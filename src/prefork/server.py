@@ -313,12 +313,12 @@ class Server:
         if self._draining and self._once:
             return
         self._draining = True
-        on_drain, self._on_drain = self._on_drain, None
-        if on_drain is not None:
-            on_drain()
         for listener in own:
             listener.quiesce()
         desk.core.drain()
+        on_drain, self._on_drain = self._on_drain, None
+        if on_drain is not None:
+            on_drain()  # what comes from now on is another's
         desk.on_drain()
 
     def _watch_master(
