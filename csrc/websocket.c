@@ -464,9 +464,10 @@ take_deflated(pf__websocket *ws, pf__pool *pool, char *p, size_t n, bool last)
     size_t room = ws->max_size - (before - ws->plain_at);
     pf__payload_mask(p, p, n, ws->key);
     int rc = pf__deflate_inflate(&ws->deflate, pool, p, n, last, &ws->plain, room);
-    if (rc < 0)
-        return rc;
-    return check_text(ws, ws->plain.data + before, ws->plain.len - before, last);
+    size_t came = ws->plain.len - before;
+    const char *from = came > 0 ? ws->plain.data + before : "";
+    int text = check_text(ws, from, came, last && rc == 0);
+    return text < 0 ? text : rc; /* what came is before what is wrong behind it */
 }
 
 static void
