@@ -250,9 +250,8 @@ begin_again(z_stream *in)
     return inflateSetDictionary(in, window, len) == Z_OK ? 0 : PF_ERR_WEBSOCKET_DATA;
 }
 
-/* Not past a byte more than most: what is wrong behind it is not looked at. */
 static int
-inflate_some(z_stream *in, pf__pool *pool, pf__buffer *to, size_t most)
+inflate_some(z_stream *in, pf__pool *pool, pf__buffer *to)
 {
     size_t want = in->avail_in > ROOM_MIN / 4 ? 4 * (size_t)in->avail_in : ROOM_MIN;
     if (to->cap == to->len) {
@@ -261,8 +260,6 @@ inflate_some(z_stream *in, pf__pool *pool, pf__buffer *to, size_t most)
             return rc;
     }
     size_t room = to->cap - to->len;
-    if (room > most + 1 - to->len)
-        room = most + 1 - to->len;
     in->next_out = (Bytef *)to->data + to->len;
     in->avail_out = room < UINT32_MAX ? (uInt)room : UINT32_MAX;
     room = in->avail_out;
@@ -284,11 +281,11 @@ inflate_all(z_stream *in, pf__pool *pool, const char *data, size_t len, pf__buff
     in->next_in = (z_const Bytef *)(uintptr_t)data;
     in->avail_in = (uInt)len;
     do {
-        int rc = inflate_some(in, pool, to, most);
-        if (rc < 0)
-            return rc;
+        int rc = inflate_some(in, pool, to);
         if (to->len > most)
             return PF_ERR_WEBSOCKET_SIZE;
+        if (rc < 0)
+            return rc;
     } while (in->avail_in > 0 || in->avail_out == 0);
     return 0;
 }

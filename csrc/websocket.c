@@ -407,8 +407,10 @@ begin_frame(pf__websocket *ws, pf__pool *pool, pf__buffer *in, size_t *raw,
             pf__buffer *out)
 {
     frame f;
-    char *p = in->data + *raw;
     size_t have = in->len - *raw;
+    if (have == 0)
+        return PF__WEBSOCKET_HUNGRY;
+    char *p = in->data + *raw;
     int rc = parse_header(ws, &f, p, have);
     if (rc <= 0)
         return rc;
@@ -458,16 +460,17 @@ take_plain(pf__websocket *ws, char *data, size_t raw, size_t n, bool last)
 }
 
 static int
-take_deflated(pf__websocket *ws, pf__pool *pool, char *p, size_t n, bool last)
+take_deflated(pf__websocket *ws, pf__pool *pool, char *raw, size_t n, bool last)
 {
     size_t before = ws->plain.len;
     size_t room = ws->max_size - (before - ws->plain_at);
-    pf__payload_mask(p, p, n, ws->key);
-    int rc = pf__deflate_inflate(&ws->deflate, pool, p, n, last, &ws->plain, room);
-    size_t came = ws->plain.len - before;
-    const char *from = came > 0 ? ws->plain.data + before : "";
-    int text = check_text(ws, from, came, last && rc == 0);
-    return text < 0 ? text : rc; /* what came is before what is wrong behind it */
+    pf__payload_mask(raw, raw, n, ws->key);
+    int rc = pf__deflate_inflate(&ws->deflate, pool, raw, n, last, &ws->plain, room);
+    /* what came out before it failed may have been wrong already */
+    size_t made = ws->plain.len - before;
+    const char *p = made > 0 ? ws->plain.data + before : "";
+    int text = check_text(ws, p, made < room ? made : room, last && rc == 0);
+    return text < 0 ? text : rc;
 }
 
 static void
@@ -563,7 +566,8 @@ pf__websocket_take(pf__websocket *ws, const pf__buffer *in, pf_message *message)
         return false;
     const pf__queued *queued = &ws->queue[ws->first];
     const pf__buffer *from = queued->plain ? &ws->plain : in;
-    *message = (pf_message){from->data + queued->at, queued->len, queued->kind};
+    const char *data = queued->len > 0 ? from->data + queued->at : "";
+    *message = (pf_message){data, queued->len, queued->kind};
     ws->first = (ws->first + 1) % PF__WEBSOCKET_QUEUE;
     ws->count--;
     return true;

@@ -372,6 +372,8 @@ check_compressed(void)
     expect_with(offer, PF_ERR_WEBSOCKET_FRAME, 1002, "", NULL, 0);
     put(TEXT | RSV1, "\xff\xff\xff");
     expect_with(offer, PF_ERR_WEBSOCKET_DATA, 1007, "", NULL, 0);
+    put_frame(TEXT | RSV1, "\x00\x03\x00\xfc\xff\xed\xa0\x80\xff\xff\xff", 11);
+    expect_with(offer, PF_ERR_WEBSOCKET_TEXT, 1007, "", NULL, 0); /* what is first */
     put_frame(TEXT | RSV1, "\x00\x03\x00\xfc\xff\xed\xa0\x80\x00", 9);
     expect_with(offer, PF_ERR_WEBSOCKET_TEXT, 1007, "", NULL, 0);
 }
