@@ -121,9 +121,14 @@ def parse() -> argparse.Namespace:
     add(
         "--server", default=PREFORK, help="another command; {port} and {app} are put in"
     )
-    add("--wstest", type=Path, default=BUILD / "wstest" / "bin" / "wstest")
-    add("--reports", type=Path, default=BUILD / "reports", help="emptied first")
+    add("--wstest", type=absolute, default=BUILD / "wstest" / "bin" / "wstest")
+    add("--reports", type=absolute, default=BUILD / "reports", help="emptied first")
     return parser.parse_args()
+
+
+def absolute(text: str) -> Path:
+    """wstest runs elsewhere."""
+    return Path(text).absolute()
 
 
 def patterns(text: str) -> list[str]:
