@@ -3,6 +3,7 @@
 #include "internal.h"
 
 #include <stdio.h>
+#include <time.h>
 
 static pf__pool pool;
 
@@ -191,6 +192,40 @@ check_examples(void)
     pf__deflate_close(&d);
 }
 
+/* Seconds of processor time for a message of these bytes, again and again. */
+static double
+time_of(pf__deflate *d, const char *part, size_t len)
+{
+    enum { TOTAL = 250000 };
+    pf__buffer many = {0}, to = {0};
+    assert(pf__buffer_reserve(&pool, &many, TOTAL + len + 1) == 0);
+    while (many.len < TOTAL)
+        pf__buffer_put(&many, part, len);
+    many.data[many.len++] = 0;
+    clock_t since = clock();
+    assert(inflate_text(d, many.data, many.len, &to) == 0 && to.len == 0);
+    double seconds = (double)(clock() - since) / CLOCKS_PER_SEC;
+    pf__buffer_release(&pool, &many);
+    pf__buffer_release(&pool, &to);
+    return seconds;
+}
+
+/* A peer cannot have us copy its window again and again by saying that this is all. */
+static void
+check_last_blocks(void)
+{
+    pf__deflate d = agreed("permessage-deflate");
+    pf__deflate peer = agreed("permessage-deflate");
+    there_and_back(&d, &peer, data, 65536, 65536);
+    double usual = time_of(&peer, "\0\0\0\xff\xff", 5);
+    double last = time_of(&peer, "\x03", 2);
+    if (last > 30 * usual)
+        fprintf(stderr, "%g s for last blocks, %g s for others\n", last, usual);
+    assert(last <= 30 * usual);
+    pf__deflate_close(&d);
+    pf__deflate_close(&peer);
+}
+
 int
 main(void)
 {
@@ -199,6 +234,7 @@ main(void)
     check_takeover();
     check_limit();
     check_examples();
+    check_last_blocks();
     assert(pool.in_use == 0);
     pf__buffer_empty_pool(&pool);
     return 0;
