@@ -542,6 +542,15 @@ tidy(pf__websocket *ws, pf__pool *pool, pf__buffer *in, size_t *raw)
         *raw = in->len = 0;
 }
 
+/* Messages that wait take as much room as their bytes did on the way, unless they were
+ * inflated: then one may have become a thousand times larger, and is enough. */
+static bool
+is_full(const pf__websocket *ws)
+{
+    return ws->count == PF__WEBSOCKET_QUEUE
+           || (ws->count > 0 && ws->plain.len >= PF__BODY_WINDOW);
+}
+
 int
 pf__websocket_parse(pf__websocket *ws, pf__pool *pool, pf__buffer *in, size_t *raw,
                     pf__buffer *out)
@@ -549,7 +558,7 @@ pf__websocket_parse(pf__websocket *ws, pf__pool *pool, pf__buffer *in, size_t *r
     int rc = GO_ON;
     tidy(ws, pool, in, raw);
     while (rc == GO_ON) {
-        if (ws->count == PF__WEBSOCKET_QUEUE)
+        if (is_full(ws))
             return PF__WEBSOCKET_FULL;
         if (ws->in_frame)
             rc = take_payload(ws, pool, in, raw);

@@ -393,6 +393,37 @@ check_bomb(void)
     pf__deflate_close(&d);
 }
 
+/* Little bombs that come together are inflated as they are taken, not at once. */
+static void
+check_bombs(void)
+{
+    static char zeros[MAX_SIZE];
+    static const char offer[] = "permessage-deflate";
+    pf__deflate d;
+    pf__buffer bomb = {0}, in = {0}, out = {0};
+    pf_message message;
+    size_t raw = 0;
+    assert(pf__deflate_accept(&d, offer, strlen(offer)));
+    pf__websocket *ws = pf__websocket_new(MAX_SIZE, &d);
+    for (int i = 0; i < 3; i++) {
+        bomb.len = 0;
+        assert(pf__deflate_deflate(&d, &pool, zeros, sizeof zeros, &bomb) == 0);
+        put_frame(BINARY | RSV1, bomb.data, bomb.len);
+    }
+    append(&in, s.data, s.len);
+    for (int i = 0; i < 3; i++) {
+        assert(pf__websocket_parse(ws, &pool, &in, &raw, &out) == PF__WEBSOCKET_FULL);
+        assert(ws->count == 1 && ws->plain.len == MAX_SIZE);
+        assert(pf__websocket_take(ws, &in, &message) && message.len == MAX_SIZE);
+    }
+    assert(pf__websocket_parse(ws, &pool, &in, &raw, &out) == PF__WEBSOCKET_HUNGRY);
+    s.len = 0;
+    pf__buffer_release(&pool, &bomb);
+    pf__buffer_release(&pool, &in);
+    pf__deflate_close(&d);
+    pf__websocket_free(ws, &pool);
+}
+
 /* ---- what we send -------------------------------------------------------------------*/
 static void
 check_sent(void)
@@ -539,6 +570,7 @@ main(void)
     check_sizes();
     check_compressed();
     check_bomb();
+    check_bombs();
     check_sent();
     check_sent_closes();
     check_closing();
