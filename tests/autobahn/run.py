@@ -187,7 +187,7 @@ def serving(options: argparse.Namespace) -> Iterator[int]:
     command = [word.format(**known) for word in shlex.split(options.server)]
     log = options.reports / "server.log"
     with (
-        log.open("wb") as out,
+        log.open("wb", buffering=0) as out,
         started(command, cwd=HERE, stdout=out, stderr=out) as server,
     ):
         deadline = time.monotonic() + START_SECONDS
@@ -233,7 +233,7 @@ def play(options: argparse.Namespace, port: int) -> list[str]:
     wanted: list[str] = []
     section = ""
     with (
-        log.open("wb") as out,
+        log.open("wb", buffering=0) as out,
         started(
             command,
             cwd=options.reports,
