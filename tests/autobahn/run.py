@@ -19,7 +19,6 @@ import os
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -96,8 +95,9 @@ def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
-    shutil.rmtree(options.reports, ignore_errors=True)
-    options.reports.mkdir(parents=True)
+    options.reports.mkdir(parents=True, exist_ok=True)
+    for old in (*options.reports.glob("index.*"), *options.reports.glob("*_case_*")):
+        old.unlink()
     try:
         with serving(options) as port:
             wanted = play(options, port)
@@ -122,7 +122,12 @@ def parse() -> argparse.Namespace:
         "--server", default=PREFORK, help="another command; {port} and {app} are put in"
     )
     add("--wstest", type=absolute, default=BUILD / "wstest" / "bin" / "wstest")
-    add("--reports", type=absolute, default=BUILD / "reports", help="emptied first")
+    add(
+        "--reports",
+        type=absolute,
+        default=BUILD / "reports",
+        help="what was left there is removed",
+    )
     return parser.parse_args()
 
 
@@ -142,7 +147,6 @@ def patterns(text: str) -> list[str]:
 class Process:
     """A process by its pidfd: it is not reaped before it is done with."""
 
-    command: str
     fd: int
     stdout: IO[bytes] | None
 
@@ -165,16 +169,18 @@ def started(command: Sequence[str], **options: Any) -> Iterator[Process]:
     except OSError as error:
         raise Failure(f"{command[0]} does not start: {error.strerror}") from None
     fd = os.pidfd_open(process.pid)
-    handle = Process(command[0], fd, process.stdout)
+    handle = Process(fd, process.stdout)
     try:
         yield handle
     finally:
-        signal.pidfd_send_signal(fd, signal.SIGTERM)
-        ended = handle.has_ended(STOP_SECONDS)
-        with suppress(ProcessLookupError):  # so long, its number is nobody else's
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        os.close(fd)
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGTERM)
+            ended = handle.has_ended(STOP_SECONDS)
+        finally:  # also if somebody grows impatient
+            with suppress(ProcessLookupError):  # so long, its number is nobody else's
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            os.close(fd)
     if not ended:
         raise Failure(f"{command[0]} had to be killed")
 
