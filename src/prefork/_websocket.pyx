@@ -65,8 +65,8 @@ cdef enum:
 cdef class Waiter:
     """What a task waits for: a future to asyncio, without a result, for one task.
 
-    wake(True) steps the task at once. That is for the core's events, which come while
-    no task runs; within a task it is wake(False), and the loop does so soon.
+    resume(True) steps the task at once. That is for the core's events, which come while
+    no task runs; within a task it is resume(False), and the loop does so soon.
     """
 
     cdef public bint _asyncio_future_blocking  # asyncio's protocol for futures
@@ -127,10 +127,10 @@ cdef class Waiter:
             raise CancelledError
 
     def set_result(self, result):
-        """As a future's: wake(False)."""
-        self.wake(False)
+        """As a future's: resume(False)."""
+        self.resume(False)
 
-    cpdef int wake(self, bint now) except -1:
+    cpdef int resume(self, bint now) except -1:
         """Let the task go on, if it has not given up."""
         if self.outcome == PENDING:
             self.outcome = WOKEN
@@ -388,7 +388,7 @@ cdef class WebSocket(_asgi.Exchange):
         dispatcher.starting = True
         try:
             for reception in readers:
-                (<Reception>reception).wake(True)
+                (<Reception>reception).resume(True)
         finally:
             dispatcher.starting = False
         dispatcher.check_fork(None)

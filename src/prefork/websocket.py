@@ -161,7 +161,7 @@ def wake(waiters: list[Waiter], now: bool) -> None:
     woken = waiters[:]
     waiters.clear()
     for waiter in woken:
-        waiter.wake(now)
+        waiter.resume(now)
 
 
 def check(request: Request) -> None:
