@@ -70,6 +70,11 @@ class Answer:
         return [value for key, value in self.headers if key == name]
 
     @property
+    def undated(self) -> list[tuple[str, str]]:
+        """The fields without Date, which may be another a moment later."""
+        return [pair for pair in self.headers if pair[0] != "date"]
+
+    @property
     def closes(self) -> bool:
         return self.all("connection") == ["close"]
 
