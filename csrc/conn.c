@@ -692,13 +692,18 @@ advance_websocket(pf_conn *conn)
 }
 
 /* It said nothing for a while, or nothing to our ping, or did not close in time. What
- * we have not listened to counts as said. */
+ * we have not listened to counts as said; and to what it has not got it cannot answer,
+ * but as long as it takes something of it, it is there: else the write timeout ends it. */
 static void
 websocket_due(pf_conn *conn)
 {
     pf__websocket *ws = conn->websocket;
     const pf_options *o = &conn->loop->options;
     int64_t now = conn->loop->now;
+    if (ws->close_sent && pf__output_unsent(conn) > 0) {
+        await_close(conn); /* it cannot have read our close: its time begins later */
+        return;
+    }
     if (ws->close_sent) {
         conn->loop->row->stats.timeouts++;
         pf__conn_kill(conn);
@@ -708,7 +713,7 @@ websocket_due(pf_conn *conn)
         websocket_failed(conn, ws->failed);
         return;
     }
-    if (!is_clean(conn))
+    if (!is_clean(conn) || pf__output_unsent(conn) > 0)
         ws->heard = now;
     if (ws->heard >= ws->pinged)
         ws->pinged = 0;

@@ -619,6 +619,28 @@ def test_a_client_that_does_not_close_is_not_awaited(asgi):
     assert live.until(lambda stats: stats["connections"] == 0)["timeouts"] == 1
 
 
+LONG = bytes(8 << 20)  # more than lies on the way to a client that does not read
+
+
+def test_a_close_is_awaited_when_all_before_it_is_sent(asgi):
+    async def app(scope, receive, send):
+        await accept(receive, send)
+        long = (await receive())["text"] == "long"
+        sent = send({"type": "websocket.send", "bytes": LONG if long else b""})
+        await send({"type": "websocket.close"})
+        await sent
+
+    live = asgi(app, ws_close_timeout=0.2)
+    slow, other = Raw(live.client(65536)), Raw(live.client())
+    slow.send(frame(TEXT, b"long"))
+    assert slow.take(10)[0] == BINARY
+    other.send(frame(TEXT, b"short"))
+    assert other.frame() == (BINARY, b"")
+    assert other.closed() == (1000, "") and other.ended()  # its time is over
+    assert slow.take(len(LONG)) == LONG
+    assert slow.closed() == (1000, "")
+
+
 # ---- what a client does wrong --------------------------------------------------------
 
 BROKEN = {
@@ -694,6 +716,27 @@ def test_a_client_that_does_not_answer_a_ping_is_given_up(asgi):
     assert raw.closed() == (1011, "keepalive ping timeout")
     assert raw.ended()
     assert app.next() == disconnect(1011, "keepalive ping timeout")
+
+
+def test_a_client_that_still_reads_is_not_expected_to_answer_a_ping(asgi):
+    async def app(scope, receive, send):
+        await accept(receive, send)
+        while (message := await receive())["type"] == "websocket.receive":
+            sent = LONG if message["text"] == "long" else b"short"
+            await send({"type": "websocket.send", "bytes": sent})
+
+    live = asgi(app, ws_ping_interval=0.2, ws_ping_timeout=1)
+    slow, other = Raw(live.client(65536)), Raw(live.client())
+    slow.send(frame(TEXT, b"long"))
+    assert slow.take(10)[0] == BINARY
+    other.send(frame(TEXT, b"short"))
+    assert [other.frame() for _ in range(2)] == [(BINARY, b"short"), (PING, b"")]
+    assert other.closed()[0] == 1011  # its time is over
+    slow.send(frame(TEXT, b"short"))
+    assert slow.take(len(LONG)) == LONG
+    while (found := slow.frame()) == (PING, b""):
+        slow.send(frame(PONG))
+    assert found == (BINARY, b"short")
 
 
 def test_no_interval_means_no_ping(asgi):
