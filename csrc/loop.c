@@ -479,7 +479,8 @@ balance(pf_loop *loop)
     pf_row *row = less_loaded(loop);
     if (row == NULL)
         return;
-    uint32_t more = (loop->row->stats.connections - load_of(row)) / 2;
+    uint32_t own = loop->row->stats.connections, load = load_of(row);
+    uint32_t more = own > load ? (own - load) / 2 : 0; /* it may have grown just now */
     pf_conn *conn = loop->conns, *next;
     for (int i = 0; i < BALANCE_SCAN && conn != NULL && more > 0; i++, conn = next) {
         next = conn->next;
