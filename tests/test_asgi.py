@@ -17,7 +17,7 @@ from typing import Any
 
 import h11
 import pytest
-from live import GET, SOON, Client, Live, chunk, get, post
+from live import GET, SOON, Client, Held, Live, chunk, get, post
 from programs import Program, ask, kill
 
 from prefork import AppStartupError, ConfigError, Server
@@ -612,6 +612,22 @@ def test_send_waits_while_too_much_is_pending_and_for_no_client_for_ever(asgi, s
     assert isinstance(app.ended.get(timeout=SOON), OSError)
     assert app.sent - live.stats()["bytes_out"] <= 2 * HIGH_WATER + size
     assert logged(live) == ""
+
+
+def test_the_time_for_a_reader_begins_when_something_is_sent(asgi):
+    held, sent = Held(), bytes(8 << 20)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0)
+        held.wait()
+        await send(start())
+        await send(body(sent))
+
+    client = asgi(app, write_timeout=0.5).client(receive_buffer=65536)
+    client.send(GET)
+    assert client.is_quiet() and client.is_quiet()
+    held.let_go()
+    assert client.answer().body == sent
 
 
 def test_send_goes_on_when_the_client_reads(asgi):

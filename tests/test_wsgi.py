@@ -1141,6 +1141,22 @@ def test_a_slow_body_behind_100_has_the_only_thread_until_the_read_timeout(serve
     assert other.answer().body == b"hello" and slow.answer().status == 408
 
 
+def test_the_time_for_a_body_begins_when_the_app_reads(serve):
+    held = Held()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        held.wait()
+        return echo(environ, start_response)
+
+    client = serve(app, read_timeout=0.5).client()
+    client.send(ANNOUNCED)
+    assert client.is_quiet() and client.is_quiet()
+    held.let_go()
+    client.until(b"100 Continue\r\n\r\n")
+    client.send(b"hello")
+    assert client.answer().body == b"hello"
+
+
 def test_write_goes_on_when_its_reader_reads(wsgi):
     parts = [os.urandom(50_000) for _ in range(100)]
     client = wsgi(writing(*parts)).client(receive_buffer=4096)

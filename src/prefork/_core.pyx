@@ -1101,6 +1101,7 @@ cdef class Request:
         """Have BODY told when bytes are there, or all are; sends 100 Continue."""
         if not pf_request_body_done(self.lent()):
             self.detach()  # the buffer moves without the GIL as the body comes
+        self.loop.touch()  # the peer's time begins now, not when the handler's did
         check(pf_request_want_body(self.lent(),
                                    PF_WANT_WHOLE if whole else PF_WANT_SOME))
 

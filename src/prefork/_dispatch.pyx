@@ -127,6 +127,7 @@ cdef class Dispatcher:
         cdef int count
         while self.held:
             self.next_event(timeout_ms)
+        self.loop.touch()  # others have had the thread since the last turn
         self.count = count = self.loop.wait_batch(timeout_ms)
         self.at = 0
         cdef int64_t since = self.loop.now()
