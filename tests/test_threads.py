@@ -333,11 +333,19 @@ def on_usr1(number, frame):
 def on_usr2(number, frame):
     go.set()
 
+def on_alrm(number, frame):
+    raise LookupError
+
 signal.signal(signal.SIGUSR1, on_usr1)
 signal.signal(signal.SIGUSR2, on_usr2)
-Server(globals()[sys.argv[1]], threads=4, drain_idle=0).listen_and_serve(
-    "127.0.0.1:0", on_ready=lambda server: say("ready", server.address[1])
-)
+signal.signal(signal.SIGALRM, on_alrm)
+try:
+    Server(globals()[sys.argv[1]], threads=4, drain_idle=0).listen_and_serve(
+        "127.0.0.1:0", on_ready=lambda server: say("ready", server.address[1])
+    )
+except LookupError:
+    for thread in threading.enumerate()[1:]:
+        thread.join(10)
 say("returned", threading.active_count())
 """
 
@@ -393,6 +401,14 @@ def test_a_drain_waits_for_blocked_handlers(program):
     assert [(a.body, a.closes) for a in answers] == [(b"hi", True)] * 4
     close([*clients, idle])
     assert program.until("returned") == ["1"] and program.wait() == 0
+
+
+def test_a_signal_whose_handler_raises_ends_the_crew(program):
+    (port,) = program.until("ready")
+    with Client(("127.0.0.1", int(port))) as client:
+        client.ask()
+        program.signal(signal.SIGALRM)
+        assert program.until("returned") == ["1"] and program.wait() == 0
 
 
 def test_an_exit_ends_the_process_while_other_handlers_block(program):

@@ -382,6 +382,7 @@ cdef class Loop:
     cdef pf_event events[BATCH]
     cdef int count     # of events in the batch at hand
     cdef bint asleep   # its thread is at work without the GIL
+    cdef bint waiting  # the same, and while another one has borrowed it
     cdef object calls  # what other threads ask this loop's thread to do
     cdef bint called   # there may be some
     cdef Scoreboard board  # kept open while the loop counts there

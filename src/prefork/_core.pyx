@@ -591,10 +591,10 @@ cdef class Loop:
         """One turn: fills self.events, returns how many; drops released bodies."""
         cdef pf_loop *handle = self.handle
         cdef int count
-        self.asleep = True
+        self.asleep = self.waiting = True
         with nogil:
             count = pf_loop_wait(handle, self.events, BATCH, timeout_ms)
-        self.asleep = False
+        self.asleep = self.waiting = False
         self.count = max(count, 0)
         return check(count)
 

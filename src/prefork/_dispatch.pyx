@@ -158,6 +158,9 @@ cdef class Dispatcher:
         if self.at == self.count:
             self.at = self.count = 0
             self.count = self.loop.wait_batch(timeout_ms)
+            if self.over:  # while it slept
+                self.nudge()
+                return 0
             if not self.simple and self.desk.has_notices:
                 self.desk.take_notices()
         if self.at < self.count:
@@ -464,6 +467,7 @@ cdef class Dispatcher:
         except BaseException as error:
             self.fatal = error
             self.stop()
+        self.nudge()
 
     def stand_and_lead(self):
         cdef int reason
@@ -489,10 +493,11 @@ cdef class Dispatcher:
                 return
 
     def stop(self):
-        """The crew has nothing more to do. Any thread of it."""
+        """The crew has nothing more to do. Any thread of it, and the main one."""
         if not self.over:
             self.over = True
             self.crew.close()
+            self.loop.wake()
             self.nudge()
 
     cdef int nudge(self) except -1:
@@ -510,10 +515,17 @@ cdef class Dispatcher:
         self.gate = threading.Lock()
         self.crew = Crew()
         self.loop.share()
-        started = [start(self.work) for _ in range(threads + 1)]
-        while not self.over:
-            self.gate.acquire()
-            PyErr_CheckSignals()
+        started = []
+        try:
+            for _ in range(threads + 1):
+                started.append(start(self.work))
+            while not self.over:
+                self.gate.acquire()
+                PyErr_CheckSignals()
+        finally:
+            self.stop()
+            while self.loop.waiting:  # who leads must be out before the loop is shut
+                self.gate.acquire()
         self.raise_fatal()
         for thread in started:
             thread.join()
