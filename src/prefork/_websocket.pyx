@@ -33,6 +33,8 @@ from prefork.errors import ClientDisconnected
 
 cdef extern from "Python.h":
     void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
+    int PyContext_Enter(object context) except -1
+    int PyContext_Exit(object context) except -1
 
 
 cdef str TYPE = sys.intern("type")
@@ -142,10 +144,14 @@ cdef class Waiter:
         self.callback = self.context = None
         if callback is None:
             return 0
-        if now:
-            context.run(callback, self)
-        else:
+        if not now:
             self.loop.call_soon(callback, self, context=context)
+            return 0
+        PyContext_Enter(context)
+        try:
+            callback(self)
+        finally:
+            PyContext_Exit(context)
         return 0
 
 
@@ -273,7 +279,10 @@ cdef class WebSocket(_asgi.Exchange):
             except ClientDisconnected:
                 self.ended = True
                 return False
-        self.readers = joined(self.readers, reception)
+        if self.readers is None:
+            self.readers = [reception]
+        else:
+            self.readers = joined(self.readers, reception)
         self.turn()  # to read on, if there was no room before
         return True
 
