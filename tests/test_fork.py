@@ -6,15 +6,17 @@ been. A child that answered would be seen as bytes that nobody asked for.
 
 from __future__ import annotations
 
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
 
 import pytest
 from live import Client, get, post
 from programs import Program
+from test_websocket import BINARY, TEXT, Raw, frame
 
 PRELUDE = """
-import asyncio, os
+import asyncio, os, sys
 from prefork import Response, Server
 
 def say(*words):
@@ -47,6 +49,11 @@ ENDINGS = {
     "returns": ("pass", 0),
     "raises": ("1 / 0", 1),
     "exits": ("raise SystemExit(7)", 7),
+}
+ODD_ENDINGS = {
+    "exits with a list": ("raise SystemExit(['how'])", 1),
+    "raises in its hook": ("sys.excepthook = None; 1 / 0", 1),
+    "has no stdout": ("sys.stdout.close()", 0),
 }
 
 HANDLER = """
@@ -181,6 +188,19 @@ def test_a_child_that_comes_back_ends_there(start, name, ending):
     assert ("ZeroDivisionError" in told) == (ending == "raises")
 
 
+@pytest.mark.parametrize("ending", ODD_ENDINGS)
+@pytest.mark.parametrize("name", ["handler", "wsgi-crew", "async-late-asyncio"])
+def test_a_child_ends_whatever_its_last_words_do(start, name, ending):
+    code, status = ODD_ENDINGS[ending]
+    program = start(SERVED[name], code)
+    with connected(program) as client:
+        for _ in range(2):
+            client.send(get())
+            assert client.answer().body == b"%d" % status
+        assert client.is_quiet()
+    stop(program)
+
+
 # What the child does that would reach the client.
 REACHES = {
     "write": """
@@ -276,3 +296,42 @@ def test_a_child_that_would_go_on_in_the_event_loop_ends(start, loop):
             assert client.answer().body.isdigit()
         assert client.is_quiet()
     stop(program)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_child_of_a_websocket_leaves_what_came_with_its_message_to_its_parent(
+    start, loop
+):
+    program = start(f"""
+        import signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        parent = os.getpid()
+        async def app(request):
+            websocket = await request.websocket()
+            async for message in websocket:
+                if message == "hold":
+                    say("held")
+                    signal.sigwait([signal.SIGUSR1])
+                elif message == "fork":
+                    await websocket.send(forked())
+                else:
+                    say("heard", os.getpid() == parent)
+                    await websocket.send(message)
+        run(app, loop={loop!r})
+    """)
+    host, port = program.until("ready")
+    address = (host, int(port))
+    with Client(address) as holding, Client(address) as forking, Client(address) as one:
+        clients = [holding, forking, one]
+        raws = [Raw(client) for client in clients]
+        raws[0].send(frame(TEXT, b"hold"))
+        program.until("held")
+        raws[1].send(frame(TEXT, b"fork"))
+        raws[2].send(frame(TEXT, b"hello"))
+        program.signal(signal.SIGUSR1)
+        assert raws[1].frame() == (BINARY, b"0")
+        assert raws[2].frame() == (TEXT, b"hello")
+        for client in clients:
+            client.reset()
+    stop(program)
+    assert program.events("heard") == [["heard", "True"]]

@@ -54,6 +54,7 @@ cdef class Dispatcher:
     cdef int dispatch(self, pf_event *event) except -1
     cdef int begin(self, pf_event *event) except -1
     cdef int tell(self, Request request, unsigned flags, int code) except -1
+    cdef int tell_each(self, exchange, unsigned flags) except -1
     cdef int run_calls(self) except -1
     cdef int put_aside(self) except -1
     cdef int pump(self, pf_request *loan) except -1

@@ -77,19 +77,32 @@ os.register_at_fork(after_in_child=note_fork)
 cdef object end_fork(object error):
     """A handler has forked, and the child came back from it: here it ends.
 
-    It shares our poller, connections and counters, and would take them from us.
+    It shares our poller, connections and counters, and would take them from us: so it
+    does whatever its last words do, which are the app's to change.
     """
     code = 1
+    try:
+        code = last_words(error)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        os._exit(code & 0xFF)
+
+
+cdef int last_words(object error) except? -1:
+    """Say what ended the child, as Python does; returns its exit status."""
     if error is None:
-        code = 0
-    elif isinstance(error, SystemExit) and not isinstance(error.code, str):
-        code = error.code or 0
-    else:
+        return 0
+    if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    os._exit(code & 0xFF)
+        return 1
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
 
 
 cdef class Held:
@@ -276,17 +289,22 @@ cdef class Dispatcher:
         try:
             if flags & PF_EVENT_CLOSED:
                 exchange.on_closed(code)
-                return 0
-            if flags & PF_EVENT_MESSAGE:
-                exchange.on_message()
-            if flags & PF_EVENT_BODY:
-                exchange.on_body()
-            if flags & PF_EVENT_WRITABLE:
-                exchange.on_writable()
-            if flags & PF_EVENT_ENDED:
-                exchange.on_ended()
+            else:
+                self.tell_each(exchange, flags)
         except Exception as error:
             self.desk.failed(request, error)
+        self.check_fork(None)  # of a handler that went on with what it was told
+        return 0
+
+    cdef int tell_each(self, exchange, unsigned flags) except -1:
+        if flags & PF_EVENT_MESSAGE:
+            exchange.on_message()
+        if flags & PF_EVENT_BODY:
+            exchange.on_body()
+        if flags & PF_EVENT_WRITABLE:
+            exchange.on_writable()
+        if flags & PF_EVENT_ENDED:
+            exchange.on_ended()
         return 0
 
     cpdef int serve(self, Request request) except -1:
