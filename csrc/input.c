@@ -53,6 +53,8 @@ message_read_size(const pf_conn *conn, size_t least)
 {
     const pf__websocket *ws = conn->websocket;
     size_t most = conn->in.len > PF__BODY_WINDOW ? conn->in.len : PF__BODY_WINDOW;
+    if (conn->in.len < BODY_READ_MIN)
+        most = BODY_READ_MIN; /* as of a body */
     size_t expected = ws->left < most ? (size_t)ws->left : most;
     return expected > least ? expected : least;
 }

@@ -295,6 +295,30 @@ check_closed_loop(void)
     close_server();
 }
 
+static bool
+some_has_come(void)
+{
+    return loop->conns->websocket->left < 0xffffff;
+}
+
+/* A peer that announces much and sends nothing does not hold much of ours. */
+static void
+check_announced(void)
+{
+    pf_options_init(&options);
+    open_server(0);
+    int fd = connected_peer();
+    pf_request *r = accepted(fd);
+    SAY(fd, "\x82\xff\0\0\0\0\0\xff\xff\xff" KEY);
+    quiet(20);
+    SAY(fd, "x");
+    turn_until(some_has_come);
+    assert(loop->conns->in.cap <= 16384);
+    assert(pf_request_abort(r) == 0);
+    close(fd);
+    close_server();
+}
+
 int
 main(void)
 {
@@ -309,5 +333,6 @@ main(void)
     check_close_timeout();
     check_drain();
     check_closed_loop();
+    check_announced();
     return 0;
 }
