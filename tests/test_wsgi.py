@@ -1153,6 +1153,7 @@ def test_the_time_for_a_body_begins_when_the_app_reads(serve):
     assert client.is_quiet() and client.is_quiet()
     held.let_go()
     client.until(b"100 Continue\r\n\r\n")
+    assert client.is_quiet()
     client.send(b"hello")
     assert client.answer().body == b"hello"
 
