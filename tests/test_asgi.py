@@ -424,6 +424,37 @@ def test_who_waits_is_told_when_the_client_leaves(asgi, leave):
     logged(live)
 
 
+def test_in_a_drain_who_streams_events_is_told_and_nobody_else(asgi):
+    kinds = {"/events": b"text/event-stream; charset=utf-8", "/file": b"text/plain"}
+    seen: Queue[tuple[str, Message]] = Queue()
+    go: Queue[None] = Queue()
+
+    async def app(scope, receive, send):
+        await read(receive)
+        fields = iter([(b"Content-Type", kinds[scope["path"]])])
+        await send({**start(), "headers": fields})
+        await send(body(b"first", more=True))
+        told = asyncio.create_task(receive())
+        while go.empty() and not told.done():
+            await asyncio.sleep(0.01)
+        if told.done():
+            seen.put((scope["path"], told.result()))
+        told.cancel()
+        await send(body(b"last"))
+
+    live = asgi(app)
+    clients = {path: live.client() for path in kinds}
+    for path, client in clients.items():
+        client.send(get(path))
+        client.until(b"first")
+    live.server.shutdown()
+    assert seen.get(timeout=SOON) == ("/events", {"type": "http.disconnect"})
+    clients["/events"].until(b"last")
+    go.put(None)
+    clients["/file"].until(b"last")
+    assert live.ended() is None and seen.empty()
+
+
 def test_a_client_that_has_closed_its_side_is_answered_all_the_same(asgi):
     async def app(scope, receive, send):
         await receive()

@@ -59,6 +59,7 @@ cdef class Exchange:
     cdef object fields
     cdef bint received       # the app has the whole body
     cdef bint ended          # the client has closed its side
+    cdef bint events         # the answer is a stream of events, without an end of its own
     cdef readonly object error  # why nothing more can be sent
     cdef list readers        # futures of those who wait for a message
     cdef list writers        # and for room
@@ -66,6 +67,7 @@ cdef class Exchange:
     cdef dict make_scope(self)
     cpdef dict next_message(self)
     cdef int send_start(self, message) except -1
+    cdef bint streams_events(self) except -1
     cdef object send_body(self, message)
     cdef object sent(self, bint more)
     cdef int begin(self) except -1

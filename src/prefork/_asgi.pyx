@@ -341,6 +341,8 @@ cdef class Exchange:
         if request.loan is NULL or self.ended:
             return {TYPE: DISCONNECT_MESSAGE}
         if self.received:
+            if self.events and self.dispatcher.desk.draining:
+                return {TYPE: DISCONNECT_MESSAGE}
             return None
         head = request.head
         if not head.flags & PF_HEAD_CHUNKED and head.content_length == 0:
@@ -405,6 +407,14 @@ cdef class Exchange:
         self.stage = STARTED
         return 0
 
+    cdef bint streams_events(self) except -1:
+        """Whether these are server-sent events, which go on until somebody leaves."""
+        self.fields = list(self.fields)
+        for name, value in self.fields:
+            if bytes_of(name).lower() == b"content-type":
+                return bytes_of(value).lower().startswith(b"text/event-stream")
+        return False
+
     cdef object send_body(self, message):
         cdef PyObject *found
         cdef object body = b""
@@ -423,6 +433,7 @@ cdef class Exchange:
         if self.stage == WAITING:
             raise RuntimeError("http.response.body was sent before http.response.start")
         if self.stage == STARTED:
+            self.events = more and self.streams_events()
             self.begin()
             if not more:
                 self.complete_whole(body)
@@ -565,6 +576,11 @@ cdef class Exchange:
             self.request.abort()
         wake(self.readers)
         wake(self.writers)
+
+    def on_drain(self):
+        """The worker stops, and a stream of events would not: its app is told."""
+        if self.events:
+            wake(self.readers)
 
     # -- the end --
 

@@ -201,6 +201,7 @@ class AsgiDesk(LoopDesk):
         self.manners = manners or Manners()
         self.lifespan = Lifespan(app, self.manners.lifespan, logger)
         self.draining = self.stopping = False
+        self.exchanges: dict[asyncio.Task[None], Exchange] = {}  # whose tasks run
         super().__init__(app, core, hooks, logger, factory)
 
     def make_dispatcher(self, simple: bool) -> Dispatcher:
@@ -247,6 +248,8 @@ class AsgiDesk(LoopDesk):
         elif self.manners.grace is not None:
             self.loop.call_later(self.manners.grace * PATIENCE, self.give_up)
         self.draining = True
+        for exchange in list(self.exchanges.values()):
+            exchange.on_drain()
 
     def give_up(self) -> None:
         """Cancel what still runs, so that there is time for the app's shutdown."""
@@ -269,10 +272,12 @@ class AsgiDesk(LoopDesk):
     def follow(self, task: asyncio.Task[None], exchange: Exchange) -> None:
         """The app waits for something: keep its task until it is done."""
         self.tasks.add(task)
+        self.exchanges[task] = exchange
         task.add_done_callback(exchange.on_done)
 
     def unfollow(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
+        self.exchanges.pop(task, None)
         self.schedule()
 
     # -- what waits --
