@@ -59,7 +59,7 @@ cdef class Exchange:
     cdef object fields
     cdef bint received       # the app has the whole body
     cdef bint ended          # the client has closed its side
-    cdef bint events         # the answer is a stream of events, without an end of its own
+    cdef bint events         # a stream of events, which has no end of its own
     cdef readonly object error  # why nothing more can be sent
     cdef list readers        # futures of those who wait for a message
     cdef list writers        # and for room
