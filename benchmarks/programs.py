@@ -28,7 +28,8 @@ def program(name: str, *sources: Path) -> str:
     BUILD.mkdir(parents=True, exist_ok=True)
     options = ["-std=c11", "-O3", "-DNDEBUG", "-D_GNU_SOURCE=", "-pthread"]
     command = [compiler, *options, f"-I{ROOT / 'csrc'}", "-o", str(out)]
-    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
+    command += [*map(str, files), "-lz"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ProgramError(f"{name} does not compile: {done.stderr.strip()[:400]}")
     return str(out)
