@@ -253,30 +253,28 @@ class AsgiDesk(LoopDesk):
 
     def give_up(self) -> None:
         """Cancel what still runs, so that there is time for the app's shutdown."""
-        if self.tasks:
+        if self.exchanges:
             self.logger.warning(
-                "%d requests still run and are cancelled", len(self.tasks)
+                "%d requests still run and are cancelled", len(self.exchanges)
             )
         self.stopping = True
-        for task in self.tasks:
+        for task in self.exchanges:
             task.cancel()
         if not self.stopped.done():
             self.stopped.set_result(None)
 
     async def finish_tasks(self) -> None:
         """Let apps do what they do behind their answers."""
-        while self.tasks:
-            await asyncio.wait(set(self.tasks))
+        while self.exchanges:
+            await asyncio.wait(set(self.exchanges))
             await asyncio.sleep(0)
 
     def follow(self, task: asyncio.Task[None], exchange: Exchange) -> None:
         """The app waits for something: keep its task until it is done."""
-        self.tasks.add(task)
         self.exchanges[task] = exchange
         task.add_done_callback(exchange.on_done)
 
     def unfollow(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
         self.exchanges.pop(task, None)
         self.schedule()
 
