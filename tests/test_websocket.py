@@ -188,7 +188,7 @@ def test_the_scope_is_that_of_a_websocket(asgi):
         seen.append(dict(scope))
         await accept(receive, send)
 
-    live = asgi(app, root_path="/root")
+    live = asgi(app, root_path="/mount")
     client = live.client()
     client.send(get("/caf%C3%A9?a=b", *HANDSHAKE, "Sec-WebSocket-Protocol: chat, two"))
     client.receive()
@@ -197,8 +197,8 @@ def test_the_scope_is_that_of_a_websocket(asgi):
     assert scope["type"] == "websocket"
     assert scope["asgi"] == {"version": "3.0", "spec_version": "2.5"}
     assert (scope["http_version"], scope["scheme"]) == ("1.1", "ws")
-    assert (scope["path"], scope["raw_path"]) == ("/root/café", b"/root/caf%C3%A9")
-    assert (scope["query_string"], scope["root_path"]) == (b"a=b", "/root")
+    assert (scope["path"], scope["raw_path"]) == ("/mount/café", b"/mount/caf%C3%A9")
+    assert (scope["query_string"], scope["root_path"]) == (b"a=b", "/mount")
     assert (b"sec-websocket-key", KEY.encode()) in scope["headers"]
     assert scope["client"] == client.socket.getsockname()
     assert scope["server"] == live.address
