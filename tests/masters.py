@@ -82,7 +82,7 @@ class Drainer:
         self.boot()
         wake, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(end)  # a handler may come too late to end select()
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: say("asked", os.getpid()))
         on_ready()
         waiting = [wake, lifeline, *sockets]
         while not {wake, lifeline} & set(ready := select.select(waiting, [], [])[0]):

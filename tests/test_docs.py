@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from programs import Program, ask
+from programs import SOON, Program, ask
 
 from prefork import Prefork, cli, errors
 from prefork.config import DEFAULTS, OPTIONS, PREFORK, Config, names
@@ -24,6 +26,14 @@ def section(title: str) -> str:
     return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.M)[1]
 
 
+def until_asleep(program: Program) -> None:
+    """Await that none of its workers has anything to do."""
+    deadline = time.monotonic() + SOON
+    workers = psutil.Process(program.pid).children()
+    while any(worker.status() != psutil.STATUS_SLEEPING for worker in workers):
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize(("name", "source"), PROGRAMS, ids=[n for n, _ in PROGRAMS])
 def test_each_program_of_the_page_runs(tmp_path, name, source):
     path = tmp_path / f"{name}.py"
@@ -31,6 +41,7 @@ def test_each_program_of_the_page_runs(tmp_path, name, source):
     with Program([str(path)]) as program:
         address = re.search(r"127\.0\.0\.1:\d+", program.until_logged("serving on"))[0]
         assert ask(address, CLOSE).startswith(b"HTTP/1.1 200 OK\r\n")
+        until_asleep(program)  # a stranger's server cannot be stopped while it starts
         program.signal(signal.SIGTERM)
         assert program.wait() == 0, program.stderr
         assert "Traceback" not in program.stderr
