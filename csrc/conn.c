@@ -176,12 +176,28 @@ unlink_conn(pf_conn *conn)
         conn->next->link = conn->link;
 }
 
+/* TLS tells an answer that is over from one that was cut (RFC 8446 6.1). */
+static void
+say_goodbye(pf_conn *conn)
+{
+    if (conn->session != NULL && !conn->lent && pf__output_unsent(conn) == 0)
+        pf__session_shut(conn->session);
+}
+
+static void
+say_no_goodbye(pf_conn *conn)
+{
+    if (conn->session != NULL)
+        pf__session_curt(conn->session);
+}
+
 void
 pf__conn_kill(pf_conn *conn)
 {
     pf_loop *loop = conn->loop;
     if (conn->phase == PF__PHASE_DEAD)
         return;
+    say_goodbye(conn);
     close(conn->source.fd); /* which also takes it out of the poller */
     conn->source.fd = -1;
     conn->phase = PF__PHASE_DEAD;
@@ -215,6 +231,8 @@ pf__conn_reap(pf_conn *conn)
     pf__buffer_release(&loop->pool, &conn->in);
     pf__websocket_free(conn->websocket, &loop->pool);
     conn->websocket = NULL;
+    pf__session_free(conn->session);
+    conn->session = NULL;
     pf_conn **list = loop->borrowed_out ? &loop->quarantine : &loop->free_conns;
     conn->next = *list;
     *list = conn;
@@ -225,6 +243,7 @@ static void
 kill_with_reset(pf_conn *conn)
 {
     struct linger now = {.l_onoff = 1};
+    say_no_goodbye(conn);
     setsockopt(conn->source.fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
     pf__conn_kill(conn);
 }
@@ -252,6 +271,7 @@ finish_closing(pf_conn *conn)
         pf__conn_kill(conn);
         return;
     }
+    say_goodbye(conn);
     if (shutdown(conn->source.fd, SHUT_WR) < 0) {
         pf__conn_kill(conn);
         return;
@@ -815,6 +835,88 @@ count_in(pf_conn *conn)
     return rc == 0 ? 0 : rc > 0 ? PF_ERR_CONNECTIONS_PER_IP : PF_ERR_CONNECTIONS;
 }
 
+static int
+advance_first(pf_conn *conn)
+{
+    if (conn->raw == conn->in.len)
+        return HUNGRY;
+    begin_head(conn);
+    return conn->phase == PF__PHASE_HEAD ? advance_head(conn) : CONTENT;
+}
+
+/* When a connection must have said something. In a drain it has little time. */
+static int64_t
+first_deadline(const pf_conn *conn, uint32_t timeout)
+{
+    const pf_loop *loop = conn->loop;
+    if (loop->draining && loop->options.drain_idle_ms < timeout)
+        timeout = loop->options.drain_idle_ms;
+    return loop->now + timeout;
+}
+
+static uint32_t
+first_byte_timeout(const pf_conn *conn)
+{
+    uint32_t timeout = conn->loop->options.header_timeout_ms;
+    return timeout < PF__FIRST_BYTE_MS ? timeout : PF__FIRST_BYTE_MS;
+}
+
+/* ---- TLS ----------------------------------------------------------------------------*/
+static int
+begin_handshake(pf_conn *conn)
+{
+    size_t early = conn->in.len - conn->raw; /* what came behind a PROXY header */
+    conn->session = pf__session_new(conn->loop->tls, conn->source.fd,
+                                    conn->in.data + conn->raw, early);
+    if (conn->session == NULL)
+        return -ENOMEM;
+    pf__buffer_release(&conn->loop->pool, &conn->in);
+    conn->raw = conn->base = 0;
+    conn->phase = PF__PHASE_HANDSHAKE;
+    conn->read_deadline = first_deadline(conn, conn->loop->options.tls_timeout_ms);
+    return 0;
+}
+
+static void
+handshake_failed(pf_conn *conn, int error)
+{
+    conn->loop->row->stats.refused++;
+    if (error == PF_ERR_TLS_PLAIN) { /* it is told in its own language */
+        pf__session_free(conn->session);
+        conn->session = NULL;
+        pf__conn_refuse(conn, error);
+        return;
+    }
+    pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, error);
+    if (error == PF_ERR_TLS_HANDSHAKE)
+        begin_closing(conn, true); /* so that the alert arrives */
+    else
+        pf__conn_kill(conn);
+}
+
+static int
+advance_handshake(pf_conn *conn)
+{
+    if (conn->fin)
+        pf__session_wet(conn->session);
+    int rc = pf__session_handshake(conn->session);
+    if (rc <= 0) {
+        conn->readable = false;
+        if (rc < 0)
+            handshake_failed(conn, rc);
+        return CONTENT;
+    }
+    conn->phase = PF__PHASE_FIRST;
+    int refusal = pf__session_refusal(conn->session);
+    if (PF__UNLIKELY(refusal != 0)) {
+        pf__conn_refuse(conn, refusal);
+        return CONTENT;
+    }
+    set_deadlines(conn, first_deadline(conn, first_byte_timeout(conn)));
+    return advance_first(conn);
+}
+
+/* ---- a PROXY header -----------------------------------------------------------------*/
 /* The proxy has said whom it brings; from here on it is that client's connection. */
 static int
 begin_introduced(pf_conn *conn, const pf_peer *client, const pf_peer *server)
@@ -828,18 +930,20 @@ begin_introduced(pf_conn *conn, const pf_peer *client, const pf_peer *server)
     if (conn->raw == conn->in.len)
         conn->raw = conn->in.len = 0;
     int rc = count_in(conn);
-    if (rc < 0)
+    if (conn->loop->tls != NULL) {
+        if (begin_handshake(conn) < 0) {
+            pf__conn_kill(conn);
+            return CONTENT;
+        }
+        pf__session_refuse(conn->session, rc);
+        set_deadlines(conn, conn->read_deadline);
+        return advance_handshake(conn);
+    }
+    if (rc < 0) {
         pf__conn_refuse(conn, rc);
-    return rc;
-}
-
-static int
-advance_first(pf_conn *conn)
-{
-    if (conn->raw == conn->in.len)
-        return HUNGRY;
-    begin_head(conn);
-    return conn->phase == PF__PHASE_HEAD ? advance_head(conn) : CONTENT;
+        return CONTENT;
+    }
+    return advance_first(conn);
 }
 
 static int
@@ -855,7 +959,7 @@ advance_proxy(pf_conn *conn)
         return CONTENT;
     }
     conn->raw = (size_t)rc;
-    return begin_introduced(conn, &client, &server) < 0 ? CONTENT : advance_first(conn);
+    return begin_introduced(conn, &client, &server);
 }
 
 static int
@@ -864,6 +968,8 @@ advance(pf_conn *conn)
     switch (conn->phase) {
     case PF__PHASE_PROXY:
         return advance_proxy(conn);
+    case PF__PHASE_HANDSHAKE:
+        return advance_handshake(conn);
     case PF__PHASE_FIRST:
     case PF__PHASE_IDLE:
         return advance_first(conn);
@@ -981,6 +1087,16 @@ pf__conn_settle(pf_conn *conn, bool force)
         pump(conn);
 }
 
+/* What it reads may have to wait for room to send. */
+static void
+heed_session(pf_conn *conn)
+{
+    if (conn->readable)
+        pf__session_wet(conn->session);
+    else
+        conn->readable = pf__session_wants_room(conn->session);
+}
+
 void
 pf__conn_event(pf_conn *conn, uint32_t flags)
 {
@@ -994,6 +1110,8 @@ pf__conn_event(pf_conn *conn, uint32_t flags)
         conn->fin = conn->readable = true;
     if (flags & EPOLLIN)
         conn->readable = true;
+    if (conn->session != NULL)
+        heed_session(conn);
     bool holds = conn->phase == PF__PHASE_LENT || (conn->websocket && conn->lent);
     if (holds && (flags & EPOLLHUP))
         tell_holder(conn, PF_ERR_CLOSED);
@@ -1092,7 +1210,9 @@ pf__conn_abort(pf_conn *conn)
         kill_with_reset(conn);
         return;
     }
-    if (!sealed && (a->flags & PF__ANSWER_BEGUN))
+    if (sealed)
+        say_no_goodbye(conn);
+    else if (a->flags & PF__ANSWER_BEGUN)
         conn->out.len = a->mark;
     bool clean = r->body_done && conn->raw == conn->in.len && !conn->readable;
     drop_request(conn);
@@ -1124,6 +1244,10 @@ pf__conn_timeout(pf_conn *conn)
     case PF__PHASE_PROXY:
         turn_away(conn);
         return;
+    case PF__PHASE_HANDSHAKE:
+        pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, PF_ERR_TLS_TIMEOUT);
+        pf__conn_kill(conn);
+        return;
     case PF__PHASE_FIRST:
     case PF__PHASE_HEAD:
         pf__conn_refuse(conn, PF_ERR_HEAD_TIMEOUT);
@@ -1145,6 +1269,7 @@ static bool
 is_waiting(const pf_conn *conn)
 {
     return conn->phase == PF__PHASE_IDLE || conn->phase == PF__PHASE_FIRST
+           || conn->phase == PF__PHASE_HANDSHAKE
            || (conn->phase == PF__PHASE_PROXY && conn->in.len == 0);
 }
 
@@ -1168,11 +1293,14 @@ pf__conn_drain(pf_conn *conn, bool now)
 
 /* ---- passing on ---------------------------------------------------------------------
  * A connection between two requests is no more than its socket: another worker can have
- * it. What the peer may have sent meanwhile waits in the socket.
+ * it. What the peer may have sent meanwhile waits in the socket. One that speaks TLS is
+ * more than that from its first byte on.
  */
 bool
 pf__conn_is_quiet(const pf_conn *conn)
 {
+    if (conn->session != NULL && pf__session_begun(conn->session))
+        return false;
     return is_waiting(conn) && conn->in.len == 0 && pf__output_unsent(conn) == 0;
 }
 
@@ -1211,6 +1339,16 @@ pf__conn_introduces(const pf_loop *loop, const pf__origin *origin)
            && pf__trust_has(o->proxy_trust, o->proxy_trusted, &origin->peer);
 }
 
+/* Over a limit, and in clear: where TLS is spoken nobody would understand it. */
+static void
+turn_out(pf_conn *conn, int refusal)
+{
+    if (conn->loop->tls != NULL)
+        pf__conn_kill(conn);
+    else
+        pf__conn_refuse(conn, refusal);
+}
+
 /* The request mostly is there already when its connection is accepted: read it before
  * asking the poller. */
 int
@@ -1225,6 +1363,7 @@ pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
     conn->source = (pf__source){.kind = PF__SOURCE_CONN, .fd = fd};
     bool introduces = pf__conn_introduces(loop, origin);
     conn->phase = introduces ? PF__PHASE_PROXY : PF__PHASE_FIRST;
+    conn->read_deadline = first_deadline(conn, first_byte_timeout(conn));
     conn->readable = true;
     conn->peer = origin->peer;
     conn->local = origin->local;
@@ -1238,17 +1377,19 @@ pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
     if (refusal != 0) {
         conn->turned_away = true;
         loop->turned_away++;
-        pf__conn_refuse(conn, refusal);
+    }
+    if (loop->tls != NULL && !introduces) {
+        if (begin_handshake(conn) < 0) {
+            pf__conn_kill(conn);
+            return -ENOMEM;
+        }
+        pf__session_refuse(conn->session, refusal);
+    } else if (refusal != 0) {
+        turn_out(conn, refusal);
         return 0;
     }
-    uint32_t timeout = o->header_timeout_ms;
-    if (timeout > PF__FIRST_BYTE_MS)
-        timeout = PF__FIRST_BYTE_MS;
-    if (loop->draining && o->drain_idle_ms < timeout)
-        timeout = o->drain_idle_ms;
-    conn->read_deadline = loop->now + timeout;
     pump(conn);
-    if (conn->phase == PF__PHASE_FIRST || conn->phase == PF__PHASE_PROXY)
+    if (conn->phase <= PF__PHASE_HANDSHAKE)
         set_deadlines(conn, conn->read_deadline);
     return 0;
 }

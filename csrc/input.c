@@ -101,6 +101,29 @@ make_room(pf_conn *conn)
     return pf__buffer_grow(&conn->loop->pool, in, in->len + want);
 }
 
+/* Bytes; 0: the end; -errno or PF_ERR_TLS_RECORD. */
+static ssize_t
+receive(pf_conn *conn, char *data, size_t room)
+{
+    ssize_t n;
+    if (PF__UNLIKELY(conn->session != NULL)) {
+        if (conn->fin)
+            pf__session_wet(conn->session);
+        return pf__session_read(conn->session, data, room);
+    }
+    do
+        n = recv(conn->source.fd, data, room, 0);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+static bool
+is_dry(const pf_conn *conn, bool came_short)
+{
+    return PF__UNLIKELY(conn->session != NULL) ? pf__session_is_dry(conn->session)
+                                               : came_short;
+}
+
 ssize_t
 pf__input_fill(pf_conn *conn)
 {
@@ -109,13 +132,10 @@ pf__input_fill(pf_conn *conn)
     if (rc < 0)
         return rc;
     size_t room = in->cap - in->len;
-    ssize_t n;
-    do
-        n = recv(conn->source.fd, in->data + in->len, room, 0);
-    while (n < 0 && errno == EINTR);
+    ssize_t n = receive(conn, in->data + in->len, room);
     if (n < 0) {
         conn->readable = false;
-        return -errno;
+        return n;
     }
     if (n == 0) {
         conn->eof = true;
@@ -124,7 +144,7 @@ pf__input_fill(pf_conn *conn)
     }
     in->len += (size_t)n;
     conn->loop->row->stats.bytes_in += (uint64_t)n;
-    if ((size_t)n < room && !conn->fin)
+    if (is_dry(conn, (size_t)n < room) && !conn->fin)
         conn->readable = false;
     return n;
 }

@@ -199,6 +199,36 @@ enum {
 int pf__proxy_parse(const char *data, size_t len, unsigned versions, pf_peer *client,
                     pf_peer *server);
 
+/* ---- tls.c: what all TLS connections share ------------------------------------------*/
+pf_tls *pf__tls_own(pf_tls *tls); /* one more owner of it; NULL stays NULL */
+struct ssl_st *pf__tls_greet(const pf_tls *tls);
+bool pf__tls_in_kernel(const pf_tls *tls);
+void pf__tls_certificate(const struct ssl_st *ssl, const void **der, size_t *len);
+
+/* ---- session.c: the TLS of one connection -------------------------------------------*/
+typedef struct pf__session pf__session;
+
+/* early: bytes of the peer's that were read before; copies. NULL: no memory */
+pf__session *pf__session_new(pf_tls *tls, int fd, const char *early, size_t len);
+void pf__session_free(pf__session *s);
+void pf__session_refuse(pf__session *s, int code); /* once the handshake is done */
+int pf__session_refusal(const pf__session *s);
+/* 1: it is done; 0: later; PF_ERR_TLS_PLAIN, PF_ERR_TLS_HANDSHAKE or -errno */
+int pf__session_handshake(pf__session *s);
+/* Bytes; 0: the end; -EAGAIN; -errno or PF_ERR_TLS_RECORD */
+ssize_t pf__session_read(pf__session *s, char *data, size_t room);
+/* more: bytes follow at once. What was begun has to be tried again. */
+ssize_t pf__session_write(pf__session *s, const char *data, size_t len, bool more);
+bool pf__session_sends_files(const pf__session *s); /* the kernel encrypts */
+ssize_t pf__session_send_file(pf__session *s, int fd, int64_t offset, size_t len);
+void pf__session_shut(pf__session *s); /* nothing is missing, if nobody was curt */
+void pf__session_curt(pf__session *s); /* it ends without a good-bye */
+void pf__session_wet(pf__session *s);  /* the kernel may have more, or the end */
+bool pf__session_is_dry(const pf__session *s); /* and neither has it */
+bool pf__session_wants_room(const pf__session *s);
+bool pf__session_begun(const pf__session *s); /* the peer has said something */
+void pf__session_describe(pf__session *s, pf_tls_info *info);
+
 /* ---- deflate.c: permessage-deflate (RFC 7692) ---------------------------------------*/
 enum { PF__DEFLATE_ANSWER_MAX = 160 };
 
@@ -479,6 +509,7 @@ typedef struct pf_conn pf_conn;
 enum pf__phase {
     PF__PHASE_FIRST,     /* accepted, no byte yet */
     PF__PHASE_PROXY,     /* accepted from a proxy that is to say first whom it brings */
+    PF__PHASE_HANDSHAKE, /* of TLS */
     PF__PHASE_IDLE,      /* kept alive between two requests; holds no buffer */
     PF__PHASE_HEAD,      /* some bytes of a request's head are there */
     PF__PHASE_BODY,      /* its head is parsed, its body gathered before it is lent */
@@ -547,6 +578,7 @@ struct pf_conn {
     pf_conn *next_dirty, *next_ready;
     pf_request *request;
     pf__websocket *websocket; /* owns; NULL: it speaks HTTP */
+    pf__session *session;     /* owns; NULL: it speaks in clear */
     pf__buffer in;
     size_t base; /* in.data + base is where the current request begins */
     size_t raw;  /* first byte not parsed yet */
@@ -672,6 +704,7 @@ struct pf_loop {
     uint32_t turns;       /* waits answered from the ready queue in a row */
     uint32_t turned_away; /* refused at accept and still open */
     pf__listener *listeners;
+    pf_tls *tls; /* a part of it; NULL: connections speak in clear */
     pf__source **watches;
     uint32_t nwatches;
     pf__source wake;

@@ -43,6 +43,7 @@ pf_options_init(pf_options *o)
         .read_timeout_ms = 30000,
         .write_timeout_ms = 30000,
         .idle_timeout_ms = 75000,
+        .tls_timeout_ms = 10000,
         .linger_timeout_ms = 2000,
         .drain_idle_ms = 1000,
         .min_body_rate = 240,
@@ -265,6 +266,15 @@ pf_loop_listen(pf_loop *loop, int fd)
         set_inherited_options(loop, fd);
     int rc = set_nonblocking(fd);
     return rc < 0 ? rc : add_listener(loop, &like);
+}
+
+int
+pf_loop_secure(pf_loop *loop, pf_tls *tls)
+{
+    pf_tls *before = loop->tls;
+    loop->tls = pf__tls_own(tls);
+    pf_tls_close(before);
+    return 0;
 }
 
 static void
@@ -1134,6 +1144,7 @@ pf_loop_free(pf_loop *loop)
     free(loop->released);
     free(loop->notices.list);
     free_options(&loop->options);
+    pf_tls_close(loop->tls);
     free(loop->spill_dir);
     for (int i = 0; i < PF__REPEATS; i++)
         free(loop->repeats[i]);

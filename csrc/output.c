@@ -13,11 +13,13 @@
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 enum {
     SENDS_MAX = 4
         << 20, /* bytes sent to one connection before others have their turn */
     IOV_MAX_HERE = 64,
+    RECORD = 16384, /* bytes that a record of TLS holds (RFC 8446 5.1) */
 };
 
 static void
@@ -158,10 +160,81 @@ send_file(const pf_conn *conn, const pf__segment *file)
     return sendfile(conn->source.fd, file->fd, &offset, n);
 }
 
+/* ---- sealed output ------------------------------------------------------------------
+ * A record of TLS is filled from all that is next, so that a head and its body are one.
+ */
+static ssize_t
+copy_part(const pf__segment *segment, const char *copied, char *to, size_t room)
+{
+    size_t n = segment->len < room ? segment->len : room;
+    if (segment->kind != PF__SEGMENT_FILE) {
+        bool is_copy = segment->kind == PF__SEGMENT_COPIED;
+        memcpy(to, is_copy ? copied : segment->data, n);
+        return (ssize_t)n;
+    }
+    ssize_t got;
+    do
+        got = pread(segment->fd, to, n, segment->offset);
+    while (got < 0 && errno == EINTR);
+    return got < 0 ? -errno : got == 0 ? PF_ERR_APP_FILE_SHORT : got;
+}
+
+/* How much of the record could be filled, or an error if nothing could. */
+static ssize_t
+fill_record(const pf_conn *conn, size_t end, char record[RECORD])
+{
+    const pf__segments *s = conn->segments;
+    size_t n = 0, copied = conn->sent;
+    for (uint32_t i = s->first; i < s->count; i++) {
+        const pf__segment *segment = &s->list[i];
+        if (segment->kind == PF__SEGMENT_FILE && n > 0
+            && pf__session_sends_files(conn->session))
+            return (ssize_t)n;
+        ssize_t part =
+            copy_part(segment, conn->out.data + copied, record + n, RECORD - n);
+        if (part < 0)
+            return n > 0 ? (ssize_t)n : part;
+        n += (size_t)part;
+        if ((size_t)part < segment->len)
+            return (ssize_t)n; /* it is full, or the file had no more at once */
+        copied += segment->kind == PF__SEGMENT_COPIED ? segment->len : 0;
+    }
+    size_t rest = end - copied < RECORD - n ? end - copied : RECORD - n;
+    memcpy(record + n, conn->out.data + copied, rest);
+    return (ssize_t)(n + rest);
+}
+
+static ssize_t
+seal_segments(const pf_conn *conn, size_t end, bool more)
+{
+    const pf__segment *first = &conn->segments->list[conn->segments->first];
+    if (first->kind == PF__SEGMENT_BORROWED && first->len >= RECORD)
+        return pf__session_write(conn->session, first->data, RECORD, more);
+    if (first->kind == PF__SEGMENT_FILE && pf__session_sends_files(conn->session))
+        return pf__session_send_file(conn->session, first->fd, first->offset,
+                                     first->len < SENDS_MAX ? first->len : SENDS_MAX);
+    char record[RECORD];
+    ssize_t n = fill_record(conn, end, record);
+    return n < 0 ? n : pf__session_write(conn->session, record, (size_t)n, more);
+}
+
+static ssize_t
+send_sealed(const pf_conn *conn, size_t end)
+{
+    size_t n = end - conn->sent;
+    bool more = conn->phase == PF__PHASE_CLOSING;
+    if (conn->segments != NULL)
+        return seal_segments(conn, end, more || n + conn->segments->borrowed > RECORD);
+    return pf__session_write(conn->session, conn->out.data + conn->sent,
+                             n < RECORD ? n : RECORD, more || n > RECORD);
+}
+
 /* Bytes that the kernel took, or -errno, or PF_ERR_APP_FILE_SHORT. */
 static ssize_t
 send_some(const pf_conn *conn, size_t end)
 {
+    if (PF__UNLIKELY(conn->session != NULL))
+        return send_sealed(conn, end);
     const pf__segments *s = conn->segments;
     const pf__segment *file = s != NULL ? &s->list[s->first] : NULL;
     if (file != NULL && file->kind != PF__SEGMENT_FILE)

@@ -64,6 +64,7 @@ extern "C" {
     X(BODY_STORE, -20031, 503, "request body could not be stored")                     \
     X(WEBSOCKET_KEY, -20032, 400, "missing or malformed Sec-WebSocket-Key")            \
     X(WEBSOCKET_VERSION, -20033, 426, "Sec-WebSocket-Version is not 13")               \
+    X(TLS_PLAIN, -20034, 400, "plain HTTP was sent to an HTTPS port")                  \
     X(APP_STATUS, -20101, 0, "status is not between 100 and 999")                      \
     X(APP_FIELD_NAME, -20102, 0, "response field name is not a token")                 \
     X(APP_FIELD_VALUE, -20103, 0, "response field value holds a control character")    \
@@ -84,7 +85,18 @@ extern "C" {
     X(WEBSOCKET_SIZE, -20118, 0, "message too large")                                  \
     X(WEBSOCKET_PONG, -20119, 0, "keepalive ping timeout")                             \
     X(APP_CLOSE, -20120, 0, "close code may not be sent, or its reason is too long")   \
-    X(APP_SUBPROTOCOL, -20121, 0, "subprotocol is not a token")
+    X(APP_SUBPROTOCOL, -20121, 0, "subprotocol is not a token")                        \
+    X(TLS_CERTIFICATE, -20122, 0, "certificate is missing, malformed or too weak")     \
+    X(TLS_KEY, -20123, 0, "private key is missing or malformed")                       \
+    X(TLS_PASSWORD, -20124, 0, "private key is encrypted, and this is not its password") \
+    X(TLS_MISMATCH, -20125, 0, "private key does not belong to the certificate")       \
+    X(TLS_CIPHERS, -20126, 0, "no such cipher")                                        \
+    X(TLS_AUTHORITY, -20127, 0, "certificate of an authority is missing or malformed") \
+    X(TLS_STAPLE, -20128, 0, "OCSP response is malformed")                             \
+    X(TLS_VERSION, -20129, 0, "no such version of TLS")                                \
+    X(TLS_HANDSHAKE, -20130, 0, "TLS handshake failed")                                \
+    X(TLS_TIMEOUT, -20131, 0, "TLS handshake took too long")                           \
+    X(TLS_RECORD, -20132, 0, "malformed TLS record")
 
 enum pf_err {
 #define X(name, code, status, text) PF_ERR_##name = code,
@@ -277,6 +289,106 @@ int pf_process_start(const pf_process_program *program); /* the pid, or -errno, 
       its exec. Its stdin is /dev/null, stdout and stderr are ours; signals that are
       blocked here are blocked there */
 
+/* ---- Files (files.c) ---------------------------------------------------------------
+ * An fd that can be read when something changes in a watched directory: events as
+ * inotify(7) has them.
+ */
+int pf_files_open(void); /* the caller owns it; close-on-exec, non-blocking */
+int pf_files_watch(int fd, const char *directory);
+
+/* ---- TLS (tls.c) -------------------------------------------------------------------
+ * Certificates, and how they are used: made in one thread, given to a loop with
+ * pf_loop_secure(), and from then on only read, so that forked workers share it.
+ */
+typedef struct pf_tls pf_tls;
+
+enum { PF_TLS_1_2 = 0x0303, PF_TLS_1_3 = 0x0304 };
+
+enum pf_tls_verify {
+    PF_TLS_VERIFY_NONE,     /* no certificate is asked for */
+    PF_TLS_VERIFY_OPTIONAL, /* one that is presented has to be good */
+    PF_TLS_VERIFY_REQUIRED,
+};
+
+typedef struct pf_tls_options {
+    int min_version;         /* PF_TLS_1_2, PF_TLS_1_3 */
+    int verify;              /* PF_TLS_VERIFY_*: of clients */
+    const char *ciphers;     /* of TLS 1.2, in OpenSSL's words; NULL: forward secret AEADs */
+    const char *ciphersuites; /* of TLS 1.3; NULL: OpenSSL's */
+    const char *ca;          /* who may vouch for clients: certificates in PEM */
+    size_t ca_len;
+    bool kernel;             /* let the kernel encrypt (kTLS), where it can */
+} pf_tls_options;
+
+typedef struct pf_tls_key {
+    const char *cert;     /* the certificate and the chain behind it, in PEM */
+    size_t cert_len;
+    const char *key;      /* in PEM; NULL: it stands beside the certificate */
+    size_t key_len;
+    const char *password; /* of the key; NULL: it has none */
+    const char *staple;   /* an OCSP response in DER; NULL: none */
+    size_t staple_len;
+} pf_tls_key;
+
+int pf_tls_open(pf_tls **out, const pf_tls_options *options); /* copies. The caller, and
+                                   each loop and connection that uses it, own it */
+int pf_tls_add(pf_tls *tls, const pf_tls_key *key); /* copies; before it is used. The
+      first is the default, another is chosen by the name that a client asks for (SNI,
+      RFC 6066 3): one of its DNS names, of which "*.example.org" has one label more */
+const char *pf_tls_reason(const pf_tls *tls); /* what the library said of the last error,
+                                                 lent; "" if nothing */
+void pf_tls_close(pf_tls *tls); /* the caller's part; NULL is allowed */
+
+/* The facts of a certificate. Texts are owned by the caller: pf_tls_forget(). */
+typedef struct pf_certificate {
+    size_t size;                 /* bytes of DER that it takes */
+    int64_t not_before, not_after; /* unix time */
+    char *pem, *subject, *issuer; /* names as RFC 2253 writes them */
+    char *serial;                /* hexadecimal */
+    char *names;                 /* its DNS names, each ended by a NUL, and one more */
+} pf_certificate;
+
+int pf_tls_describe(const void *der, size_t len, pf_certificate *out);
+void pf_tls_forget(pf_certificate *certificate);
+int pf_tls_default(const pf_tls *tls, int index, const void **der, size_t *len); /* the
+      certificate that was added at this place, lent; -EINVAL: there is none */
+
+/* Keys that encrypt session tickets (RFC 5077 4, RFC 8446 4.6.1), so that whoever has
+ * them can resume a session: workers share them through the scoreboard. */
+enum { PF_TICKET_KEYS = 4, PF_TICKET_LIFE_S = 24 * 3600 };
+
+typedef struct pf_ticket_key {
+    uint8_t name[16], cipher[32], mac[32];
+} pf_ticket_key;
+
+typedef struct pf_tickets {
+    uint32_t version; /* odd while they change */
+    uint32_t count;   /* newest first */
+    int64_t made;     /* unix time, of the newest */
+    pf_ticket_key keys[PF_TICKET_KEYS];
+} pf_tickets;
+
+int pf_tls_rotate(pf_tickets *tickets); /* a new key for new tickets; the oldest goes. One
+                                           writer, readers in every process */
+void pf_tls_share(pf_tls *tls, pf_tickets *tickets); /* borrows: use these from now on;
+      without it the keys are its own, and change by themselves */
+
+/* What is known of a connection's TLS. */
+typedef struct pf_tls_info {
+    int version;             /* PF_TLS_* */
+    uint16_t cipher;         /* its number at IANA */
+    bool resumed;
+    const char *version_name, *cipher_name; /* lent for ever */
+    const char *server_name; /* that the client asked for; NULL: none. Lent with the loan */
+    const char *protocol;    /* chosen by ALPN, not ended by NUL; NULL: none was offered */
+    size_t protocol_len;
+    const void *server;      /* our certificate in DER */
+    size_t server_len;
+    const void *client;      /* its certificate and what stood behind it, verified, one
+                                after the other in DER; NULL: it presented none */
+    size_t client_len;
+} pf_tls_info;
+
 /* ---- The scoreboard (scoreboard.c) -------------------------------------------------
  * One row of shared memory for each worker, written by its loop without locks, read by
  * the master and by every worker. What a worker has counted is kept when it ends. The
@@ -333,6 +445,8 @@ int pf_scoreboard_adopt(pf_scoreboard *board, int row, uint32_t slot, int fd); /
       master: have this worker accept from the listener of a vacant slot, too; fd is
       copied, as descriptors are between processes */
 int pf_scoreboard_release(pf_scoreboard *board, int row, uint32_t slot); /* and no more */
+pf_tickets *pf_scoreboard_tickets(pf_scoreboard *board); /* lends: the session ticket
+                                                           keys that all workers use */
 int pf_scoreboard_bucket(uint64_t us);       /* the latency bucket of a duration */
 uint64_t pf_scoreboard_bound(int bucket);    /* its upper bound in microseconds */
 
@@ -389,6 +503,7 @@ typedef struct pf_options {
     uint32_t read_timeout_ms;         /* between two reads of a body */
     uint32_t write_timeout_ms;        /* without progress in a write */
     uint32_t idle_timeout_ms;         /* of a kept-alive connection */
+    uint32_t tls_timeout_ms;          /* from accept to the end of the TLS handshake */
     uint32_t linger_timeout_ms;       /* reading on after a refusal, before close */
     uint32_t drain_idle_ms;           /* lame duck of idle connections in a drain */
     uint32_t min_body_rate;           /* bytes a second, after read_timeout; 0: none */
@@ -451,6 +566,8 @@ int pf_loop_attach(pf_loop *loop, pf_scoreboard *board, int row); /* borrows boa
       count there from now on; before the loop has done anything */
 int pf_loop_listen(pf_loop *loop, int fd); /* borrows fd; accept from it, one of many
                                               loops or processes that may */
+int pf_loop_secure(pf_loop *loop, pf_tls *tls); /* owns a part of it; connections that
+      come from now on speak TLS; NULL: they do not */
 int pf_loop_watch(pf_loop *loop, int fd);  /* borrows fd; READABLE, level-triggered */
 int pf_loop_unwatch(pf_loop *loop, int fd);
 int pf_loop_wait(pf_loop *loop, pf_event *events, int max, int timeout_ms);
@@ -525,6 +642,8 @@ void pf_request_get_peer(const pf_request *request, pf_peer *peer); /* or the cl
 int pf_request_get_local(const pf_request *request, pf_peer *local); /* our address, or
                                      the one that the PROXY header says was connected to;
                                      asks the kernel once a connection */
+int pf_request_tls(const pf_request *request, pf_tls_info *info); /* 1; 0: it is plain.
+                                                           Lends until the loan ends */
 void pf_request_set_user(pf_request *request, void *user); /* comes with its events */
 uint64_t pf_request_connection(const pf_request *request); /* the connection's number */
 bool pf_request_closed(const pf_request *request); /* the peer is known to be gone */

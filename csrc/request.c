@@ -68,6 +68,15 @@ pf_request_get_local(const pf_request *r, pf_peer *local)
     return rc;
 }
 
+int
+pf_request_tls(const pf_request *r, pf_tls_info *info)
+{
+    if (r->conn->session == NULL)
+        return 0;
+    pf__session_describe(r->conn->session, info);
+    return 1;
+}
+
 void
 pf_request_set_user(pf_request *r, void *user)
 {

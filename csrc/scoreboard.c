@@ -11,6 +11,7 @@
 #include "internal.h"
 
 #include <errno.h>
+#include <stdalign.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -28,8 +29,8 @@ struct board {
     uint32_t rows;
     _Atomic uint32_t version;
     _Atomic uint32_t used; /* no row at or behind it was ever claimed */
-    uint32_t padding[13];  /* rows begin at a cache line */
-    pf_row retired;        /* totals of those that have ended; the master writes it */
+    alignas(64) pf_tickets tickets;
+    alignas(64) pf_row retired; /* totals of those that have ended; the master writes it */
     pf_row row[];
 };
 
@@ -100,6 +101,12 @@ pf_scoreboard_attach(pf_scoreboard **out, int fd)
     if (s == NULL)
         return -ENOMEM;
     return finish_open(out, s, others_memory(s, fd));
+}
+
+pf_tickets *
+pf_scoreboard_tickets(pf_scoreboard *s)
+{
+    return &s->board->tickets;
 }
 
 int

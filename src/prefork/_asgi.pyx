@@ -27,6 +27,7 @@ from prefork.errors import ClientDisconnected
 
 from prefork cimport _dispatch, _native
 from prefork._blocks cimport Blocks
+from prefork._tls cimport extension_of
 from prefork._core cimport (
     PF_ERR_APP_BODY_LONG,
     PF_ERR_APP_BODY_SHORT,
@@ -78,10 +79,10 @@ cdef tuple NAMES = tuple([name.encode() for name in core.FIELD_NAMES_KNOWN])
 VERSIONS = {"version": "3.0", "spec_version": "2.5"}
 
 
-def template(root_path=""):
+def template(root_path="", scheme="http"):
     """What all scopes have in common, and a place for what they have not."""
     return {
-        TYPE: "http", ASGI: None, HTTP_VERSION: "1.1", METHOD: GET, SCHEME: "http",
+        TYPE: "http", ASGI: None, HTTP_VERSION: "1.1", METHOD: GET, SCHEME: scheme,
         PATH: SLASH, RAW_PATH: SLASH_BYTES, QUERY_STRING: b"", "root_path": root_path,
         HEADERS: None, CLIENT: None, SERVER: None, STATE: None, EXTENSIONS: None,
     }
@@ -161,7 +162,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
     def configure(self, str root_path, tuple extensions, dict state):
         """What scopes are made from; before run()."""
-        self.template = template(root_path)
+        self.template = template(root_path, self.desk.scheme)
         self.root_path = root_path
         self.raw_root = root_path.encode()
         self.extensions = {name: {} for name in extensions}
@@ -261,6 +262,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef dict scope = PyDict_Copy(self.template)
         PyDict_SetItem(scope, ASGI, PyDict_Copy(VERSIONS))
         PyDict_SetItem(scope, EXTENSIONS, PyDict_Copy(self.extensions))
+        if request.loop.secured:
+            scope[EXTENSIONS]["tls"] = extension_of(request)
         PyDict_SetItem(scope, STATE, PyDict_Copy(self.state))
         PyDict_SetItem(scope, HEADERS, self.header_list(head, data))
         if not head.flags & PF_HEAD_IS_GET:

@@ -15,6 +15,8 @@ cdef extern from "prefork.h" nogil:
         PF_ERR_WRITE_TIMEOUT
         PF_ERR_IDLE_TIMEOUT
         PF_ERR_PROXY
+        PF_ERR_TLS_CERTIFICATE
+        PF_ERR_TLS_VERSION
 
     const char *pf_error_text(int code)
     const char *pf_error_name(int code)
@@ -125,6 +127,65 @@ cdef extern from "prefork.h" nogil:
 
     int pf_process_start(const pf_process_program *program)
 
+    # ---- Files ----
+    int pf_files_open()
+    int pf_files_watch(int fd, const char *directory)
+
+    # ---- TLS ----
+    ctypedef struct pf_tls
+
+    ctypedef struct pf_tls_options:
+        int min_version, verify
+        const char *ciphers
+        const char *ciphersuites
+        const char *ca
+        size_t ca_len
+        bint kernel
+
+    ctypedef struct pf_tls_key:
+        const char *cert
+        size_t cert_len
+        const char *key
+        size_t key_len
+        const char *password
+        const char *staple
+        size_t staple_len
+
+    ctypedef struct pf_certificate:
+        size_t size
+        int64_t not_before, not_after
+        char *pem
+        char *subject
+        char *issuer
+        char *serial
+        char *names
+
+    ctypedef struct pf_tickets
+
+    ctypedef struct pf_tls_info:
+        int version
+        uint16_t cipher
+        bint resumed
+        const char *version_name
+        const char *cipher_name
+        const char *server_name
+        const char *protocol
+        size_t protocol_len
+        const void *server
+        size_t server_len
+        const void *client
+        size_t client_len
+
+    int pf_tls_open(pf_tls **out, const pf_tls_options *options)
+    int pf_tls_add(pf_tls *tls, const pf_tls_key *key)
+    const char *pf_tls_reason(const pf_tls *tls)
+    void pf_tls_close(pf_tls *tls)
+    int pf_tls_describe(const void *der, size_t len, pf_certificate *out)
+    void pf_tls_forget(pf_certificate *certificate)
+    int pf_tls_default(const pf_tls *tls, int index, const void **der, size_t *len)
+    int pf_tls_rotate(pf_tickets *tickets)
+    void pf_tls_share(pf_tls *tls, pf_tickets *tickets)
+
     # ---- The scoreboard ----
     ctypedef struct pf_scoreboard
 
@@ -159,6 +220,7 @@ cdef extern from "prefork.h" nogil:
     void pf_scoreboard_totals(const pf_scoreboard *board, pf_row *out)
     int pf_scoreboard_adopt(pf_scoreboard *board, int row, uint32_t slot, int fd)
     int pf_scoreboard_release(pf_scoreboard *board, int row, uint32_t slot)
+    pf_tickets *pf_scoreboard_tickets(pf_scoreboard *board)
     uint64_t pf_scoreboard_bound(int bucket)
 
     # ---- The loop ----
@@ -188,7 +250,7 @@ cdef extern from "prefork.h" nogil:
     ctypedef struct pf_options:
         uint32_t max_connections, max_connections_per_ip, max_requests
         uint32_t header_timeout_ms, read_timeout_ms, write_timeout_ms
-        uint32_t idle_timeout_ms, linger_timeout_ms, drain_idle_ms
+        uint32_t idle_timeout_ms, linger_timeout_ms, drain_idle_ms, tls_timeout_ms
         uint32_t min_body_rate, read_buffer_size, max_target_size, max_field_size
         uint32_t max_header_size, max_fields
         uint64_t max_body_size
@@ -227,6 +289,7 @@ cdef extern from "prefork.h" nogil:
     int pf_loop_open(pf_loop **out, const pf_options *options)
     int pf_loop_attach(pf_loop *loop, pf_scoreboard *board, int row)
     int pf_loop_listen(pf_loop *loop, int fd)
+    int pf_loop_secure(pf_loop *loop, pf_tls *tls)
     int pf_loop_watch(pf_loop *loop, int fd)
     int pf_loop_unwatch(pf_loop *loop, int fd)
     int pf_loop_wait(pf_loop *loop, pf_event *events, int max, int timeout_ms)
@@ -289,6 +352,7 @@ cdef extern from "prefork.h" nogil:
     const char *pf_request_bytes(const pf_request *request)
     void pf_request_get_peer(const pf_request *request, pf_peer *peer)
     int pf_request_get_local(const pf_request *request, pf_peer *local)
+    int pf_request_tls(const pf_request *request, pf_tls_info *info)
     void pf_request_set_user(pf_request *request, void *user)
     uint64_t pf_request_connection(const pf_request *request)
     bint pf_request_closed(const pf_request *request)
@@ -388,6 +452,7 @@ cdef class Loop:
     cdef Scoreboard board  # kept open while the loop counts there
     cdef object desk   # who knows more about requests than they do themselves
     cdef public object trust  # who knows what the word of a proxy means, or None
+    cdef public bint secured  # its connections speak TLS
     cdef object __weakref__
     cdef pf_loop *opened(self) except NULL
     cdef int wait_batch(self, int timeout_ms) except -1

@@ -6,6 +6,7 @@ It converts, checks and counts references; decisions are C (mechanism) or Python
 """
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Mapping
 from socket import AF_INET as _AF_INET
@@ -218,6 +219,47 @@ cdef class Processes:
         self.handle = NULL
 
 
+cdef class FileWatch:
+    """Tells which files change in some directories; fileno() can be read then."""
+
+    cdef int fd
+
+    def __cinit__(self):
+        self.fd = -1
+        self.fd = check(pf_files_open())
+
+    def __dealloc__(self):
+        self.close()
+
+    def fileno(self):
+        """Its fd."""
+        return self.fd
+
+    def add(self, directory):
+        """Watch this directory, too. OSError."""
+        cdef bytes name = os.fsencode(directory)
+        check(pf_files_watch(self.fd, name))
+
+    def read(self):
+        """The names that were written, moved here, made or removed since; a set."""
+        found = set()
+        while True:
+            try:
+                data = os.read(self.fd, 65536)
+            except BlockingIOError:
+                return found
+            while data:  # struct inotify_event, of inotify(7)
+                size = int.from_bytes(data[12:16], sys.byteorder)
+                found.add(os.fsdecode(data[16:16 + size].rstrip(b"\0")))
+                data = data[16 + size:]
+
+    def close(self):
+        """Watch no more; may be repeated."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
 def is_reaper():
     """Whether this process inherits the children that others leave behind."""
     return bool(pf_process_is_reaper())
@@ -367,6 +409,13 @@ cdef class Scoreboard:
     def release(self, int row, int slot):
         """Have the worker of row leave that listener again."""
         check(pf_scoreboard_release(self.opened(), row, slot))
+
+    def rotate_tickets(self):
+        """Encrypt new TLS session tickets with a new key; the master does so.
+
+        Tickets of the three keys before are still good.
+        """
+        check(pf_tls_rotate(pf_scoreboard_tickets(self.opened())))
 
     def row(self, int index):
         """What one worker does: a dict; None if the row is free."""
@@ -526,6 +575,8 @@ cdef int read_options(pf_options *o, dict given, list keep) except -1:
             o.write_timeout_ms = value
         elif name == "idle_timeout_ms":
             o.idle_timeout_ms = value
+        elif name == "tls_handshake_timeout_ms":
+            o.tls_timeout_ms = value
         elif name == "linger_timeout_ms":
             o.linger_timeout_ms = value
         elif name == "drain_idle_ms":

@@ -2,6 +2,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefork import _core, _dispatch
+from prefork._tls import Info
 
 class Request(_core.Request):
     desk: Any
@@ -13,6 +14,8 @@ class Request(_core.Request):
     def cookies(self) -> dict[str, str]: ...
     @property
     def scheme(self) -> str: ...
+    @property
+    def tls(self) -> Info | None: ...
     @property
     def body(self) -> bytes: ...
     @property

@@ -11,6 +11,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.string cimport memchr
 
 from prefork cimport _core, _dispatch
+from prefork._tls cimport info_of
 
 
 # ---- What handlers see ----
@@ -52,6 +53,14 @@ cdef class Request(_core.Request):
     def scheme(self):
         """"http" or "https": what the client uses, if a trusted proxy tells."""
         return self.told_scheme() or self.desk.scheme
+
+    @property
+    def tls(self):
+        """What is known of the connection's TLS (_tls.Info); None if it has none.
+
+        To be asked for before the answer.
+        """
+        return info_of(self)
 
     @property
     def body(self):

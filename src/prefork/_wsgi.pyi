@@ -13,6 +13,7 @@ def template(
     errors: Any,
     software: str,
     root_path: str = "",
+    scheme: str = "http",
 ) -> dict[str, Any]: ...
 
 class FileWrapper:

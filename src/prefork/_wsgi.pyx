@@ -25,6 +25,7 @@ from prefork.errors import ClientDisconnected, ProtocolError, RequestError
 
 from prefork cimport _dispatch, _native
 from prefork._blocks cimport Blocks
+from prefork._tls cimport set_environ
 from prefork._core cimport (
     PF_ERR_APP_BODY_LONG,
     PF_ERR_APP_BODY_SHORT,
@@ -86,17 +87,18 @@ def key_of(name):
 cdef tuple KEYS = tuple([key_of(name) for name in core.FIELD_NAMES_KNOWN])
 
 
-def template(multithread, multiprocess, errors, software, root_path=""):
+def template(multithread, multiprocess, errors, software, root_path="", scheme="http"):
     """What all environs have in common, and a place for what they have not."""
+    secure = {"HTTPS": "on"} if scheme == "https" else {}
     return {
         METHOD: GET, SCRIPT_NAME: root_path, PATH_INFO: SLASH, QUERY_STRING: EMPTY,
         RAW_URI: SLASH, REQUEST_URI: SLASH, PROTOCOL: sys.intern("HTTP/1.1"),
         SERVER_NAME: EMPTY, SERVER_PORT: EMPTY, REMOTE_ADDR: EMPTY, REMOTE_PORT: EMPTY,
-        "SERVER_SOFTWARE": software, "wsgi.version": (1, 0), "wsgi.url_scheme": "http",
+        "SERVER_SOFTWARE": software, "wsgi.version": (1, 0), "wsgi.url_scheme": scheme,
         INPUT: NO_BODY, "wsgi.errors": errors, "wsgi.multithread": multithread,
         "wsgi.multiprocess": multiprocess, "wsgi.run_once": False,
         "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
-        EARLY_HINTS: None,
+        EARLY_HINTS: None, **secure,
     }
 
 
@@ -223,7 +225,10 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         """What a trusted proxy says of the client."""
         host, port = request.client
         environ[REMOTE_ADDR], environ[REMOTE_PORT] = host, str(port) if port else EMPTY
-        environ["wsgi.url_scheme"] = request.told_scheme() or self.desk.scheme
+        scheme = request.told_scheme() or self.desk.scheme
+        environ["wsgi.url_scheme"] = scheme
+        if scheme == "http":
+            environ.pop("HTTPS", None)  # between client and proxy it was clear
         if request.host:
             environ["HTTP_HOST"] = request.host
         return 0
@@ -317,6 +322,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             PyDict_SetItem(environ, PROTOCOL, HTTP_1_0)
         self.set_path(environ, head, data)
         self.set_ends(environ, request)
+        if request.loop.secured:
+            set_environ(environ, request)
         if request.is_forwarded():
             self.set_origin(environ, request)
         if head.flags & PF_HEAD_CHUNKED or head.content_length > 0:

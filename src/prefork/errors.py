@@ -38,6 +38,10 @@ class OnlyReuseportOnWindowsError(ConfigError):
     """Windows cannot share one listener between processes: use reuseport=True."""
 
 
+class CertificateError(ConfigError):
+    """A certificate, its key or a CA cannot be used; the text names the file."""
+
+
 class NoReuseportError(PreforkError, OSError):
     """This kernel knows no SO_REUSEPORT: use reuseport=False."""
 

@@ -140,7 +140,6 @@ class Desk:
     parse_query = staticmethod(Query)
     parse_cookies = staticmethod(parse_cookies)
     parse_json = staticmethod(json.loads)
-    scheme = "http"
     unix_path: str | None = None  # of the unix socket, if it is served alone
 
     def __init__(
@@ -153,6 +152,7 @@ class Desk:
     ) -> None:
         self.handler = handler
         self.core = core
+        self.scheme = "https" if core.secured else "http"
         self.hooks = hooks
         self.logger = logger
         self.crew_size = threads

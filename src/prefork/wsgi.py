@@ -45,6 +45,7 @@ class WsgiDesk(Desk):
             errors=sys.stderr,
             software="prefork",
             root_path=manners.root_path,
+            scheme=self.scheme,
         )
         dispatcher.configure(environ, manners.root_path, manners.header_map)
         return dispatcher
