@@ -212,8 +212,9 @@ outcome(pf__session *s, int rc, int code)
         return -EAGAIN;
     if (error == SSL_ERROR_ZERO_RETURN)
         return 0;
-    bool cut = error == SSL_ERROR_SSL
-               && ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING;
+    bool cut =
+        error == SSL_ERROR_SSL
+        && ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING;
     ERR_clear_error();
     if (s->blind && error == SSL_ERROR_SYSCALL) {
         s->error = errno;

@@ -47,7 +47,7 @@ struct pf_tls {
     bool kernel;
     char *ciphers, *ciphersuites; /* own; NULL: the default ones */
     X509_STORE *authorities;
-    STACK_OF(X509_NAME) *authority_names;
+    STACK_OF(X509_NAME) * authority_names;
     unsigned char session_id[SHA256_DIGEST_LENGTH]; /* whose sessions can be resumed */
     entry **entries; /* do not move: contexts point to them */
     uint32_t count;
