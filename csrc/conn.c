@@ -897,8 +897,6 @@ handshake_failed(pf_conn *conn, int error)
 static int
 advance_handshake(pf_conn *conn)
 {
-    if (conn->fin)
-        pf__session_wet(conn->session);
     int rc = pf__session_handshake(conn->session);
     if (rc <= 0) {
         conn->readable = false;
@@ -1092,7 +1090,7 @@ static void
 heed_session(pf_conn *conn)
 {
     if (conn->readable)
-        pf__session_wet(conn->session);
+        pf__session_wet(conn->session, conn->fin);
     else
         conn->readable = pf__session_wants_room(conn->session);
 }

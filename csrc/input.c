@@ -106,11 +106,8 @@ static ssize_t
 receive(pf_conn *conn, char *data, size_t room)
 {
     ssize_t n;
-    if (PF__UNLIKELY(conn->session != NULL)) {
-        if (conn->fin)
-            pf__session_wet(conn->session);
+    if (PF__UNLIKELY(conn->session != NULL))
         return pf__session_read(conn->session, data, room);
-    }
     do
         n = recv(conn->source.fd, data, room, 0);
     while (n < 0 && errno == EINTR);

@@ -223,8 +223,9 @@ bool pf__session_sends_files(const pf__session *s); /* the kernel encrypts */
 ssize_t pf__session_send_file(pf__session *s, int fd, int64_t offset, size_t len);
 void pf__session_shut(pf__session *s); /* nothing is missing, if nobody was curt */
 void pf__session_curt(pf__session *s); /* it ends without a good-bye */
-void pf__session_wet(pf__session *s);  /* the kernel may have more, or the end */
-bool pf__session_is_dry(const pf__session *s); /* and neither has it */
+/* The kernel may have more; last: and then the end. */
+void pf__session_wet(pf__session *s, bool last);
+bool pf__session_is_dry(const pf__session *s); /* nor has it records of its own */
 bool pf__session_wants_room(const pf__session *s);
 bool pf__session_begun(const pf__session *s); /* the peer has said something */
 void pf__session_describe(pf__session *s, pf_tls_info *info);

@@ -23,7 +23,8 @@ struct pf__session {
     bool begun;      /* a byte of the peer's was seen */
     bool plain;      /* and it was none of TLS */
     bool dry;        /* the kernel has nothing more, as far as we know */
-    bool ended;      /* the peer's side is shut */
+    bool last;       /* the peer's side is shut: behind the last byte is the end */
+    bool ended;      /* which we have seen */
     bool more;       /* bytes follow at once */
     bool broken;     /* nothing can be said any more */
     bool curt;       /* no good-bye: something is missing */
@@ -66,7 +67,7 @@ receive(pf__session *s, BIO *bio, char *data, int room)
     do
         n = recv(s->fd, data, (size_t)room, 0);
     while (n < 0 && errno == EINTR);
-    if (n < room)
+    if (n < 0 || (n < room && !s->last))
         s->dry = true;
     if (n < 0 && errno == EAGAIN)
         BIO_set_retry_read(bio);
@@ -308,9 +309,10 @@ pf__session_curt(pf__session *s)
 }
 
 void
-pf__session_wet(pf__session *s)
+pf__session_wet(pf__session *s, bool last)
 {
     s->dry = false;
+    s->last = last;
 }
 
 bool

@@ -301,7 +301,8 @@ use_ticket_key(SSL *ssl, unsigned char *name, unsigned char *iv, EVP_CIPHER_CTX 
         memcpy(name, tickets.keys[0].name, sizeof tickets.keys[0].name);
         rc = RAND_bytes(iv, EVP_CIPHER_get_iv_length(EVP_aes_256_cbc())) == 1 ? 1 : -1;
     } else if (i >= 0) {
-        rc = i == 0 ? 1 : 2;
+        bool once = SSL_version(ssl) >= TLS1_3_VERSION; /* good once: RFC 8446 C.4 */
+        rc = once || i > 0 ? 2 : 1;
     }
     if (rc > 0 && !begin_ticket(&tickets.keys[i], iv, cipher, mac, seals))
         rc = -1;
