@@ -230,7 +230,8 @@ outcome(pf__session *s, int rc, int code)
 static void
 prepare(pf__session *s)
 {
-    ERR_clear_error();
+    if (ERR_peek_error() != 0) /* somebody else's, which would be taken for ours */
+        ERR_clear_error();
     s->error = errno = 0;
 }
 
