@@ -898,12 +898,14 @@ static int
 advance_handshake(pf_conn *conn)
 {
     int rc = pf__session_handshake(conn->session);
-    if (rc <= 0) {
-        conn->readable = false;
-        if (rc < 0)
-            handshake_failed(conn, rc);
+    conn->readable = rc == 0 && !pf__session_is_dry(conn->session);
+    if (rc < 0)
+        handshake_failed(conn, rc);
+    else if (conn->readable)
+        pf__conn_mark_dirty(conn); /* it goes on when others have had their turn */
+    if (rc <= 0)
         return CONTENT;
-    }
+    conn->readable = true;
     conn->phase = PF__PHASE_FIRST;
     int refusal = pf__session_refusal(conn->session);
     if (PF__UNLIKELY(refusal != 0)) {

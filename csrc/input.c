@@ -131,7 +131,7 @@ pf__input_fill(pf_conn *conn)
     size_t room = in->cap - in->len;
     ssize_t n = receive(conn, in->data + in->len, room);
     if (n < 0) {
-        conn->readable = false;
+        conn->readable = n == -EAGAIN && !is_dry(conn, true);
         return n;
     }
     if (n == 0) {

@@ -13,13 +13,17 @@
 #include <openssl/ssl.h>
 #include <sys/socket.h>
 
-enum { HANDSHAKE_RECORD = 22 };
+enum {
+    HANDSHAKE_RECORD = 22,
+    READS_MAX = 4, /* of the socket, in one call: enough for the largest record */
+};
 
 struct pf__session {
     SSL *ssl;
     pf_tls *tls; /* a part of it */
     int fd;
     int error;       /* errno of the last system call that failed */
+    uint8_t reads;   /* of the socket, in this call */
     bool begun;      /* a byte of the peer's was seen */
     bool plain;      /* and it was none of TLS */
     bool dry;        /* the kernel has nothing more, as far as we know */
@@ -60,7 +64,7 @@ receive(pf__session *s, BIO *bio, char *data, int room)
     ssize_t n;
     if (s->early != NULL)
         return take_early(s, data, room);
-    if (s->dry) {
+    if (s->dry || s->reads++ >= READS_MAX) {
         BIO_set_retry_read(bio);
         return -1;
     }
@@ -209,6 +213,7 @@ outcome(pf__session *s, int rc, int code)
 {
     int error = SSL_get_error(s->ssl, rc);
     s->wants_room = error == SSL_ERROR_WANT_WRITE;
+    s->dry |= s->blind;
     if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE)
         return -EAGAIN;
     if (error == SSL_ERROR_ZERO_RETURN)
@@ -233,6 +238,7 @@ prepare(pf__session *s)
     if (ERR_peek_error() != 0) /* somebody else's, which would be taken for ours */
         ERR_clear_error();
     s->error = errno = 0;
+    s->reads = 0;
 }
 
 int

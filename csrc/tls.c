@@ -361,6 +361,9 @@ set_behaviour(const pf_tls *tls, SSL_CTX *c)
     SSL_CTX_set_mode(c, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ENABLE_PARTIAL_WRITE
                             | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     SSL_CTX_set_read_ahead(c, 1); /* one recv() for a record, not two */
+    /* Records that are for OpenSSL alone end a call: else a peer that sends nothing but
+     * these, as fast as they are read, would keep the loop for itself. */
+    SSL_CTX_clear_mode(c, SSL_MODE_AUTO_RETRY);
     SSL_CTX_set_alpn_select_cb(c, choose_protocol, NULL);
     SSL_CTX_set_tlsext_servername_callback(c, choose_certificate);
     SSL_CTX_set_tlsext_status_cb(c, staple);

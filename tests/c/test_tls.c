@@ -579,6 +579,46 @@ a_malformed_record_ends_it(void)
     close_peer_and_server(&p);
 }
 
+static void
+records_that_are_for_tls_alone_hold_up_nobody(void)
+{
+    enum { FLOOD = 2000 };
+    open_plainly_secure();
+    peer p = new_peer(NULL, TLS1_3_VERSION), q = new_peer(NULL, TLS1_3_VERSION);
+    assert(shake_hands(&p) == 1 && shake_hands(&q) == 1);
+    for (int i = 0; i < FLOOD; i++) {
+        assert(SSL_key_update(p.ssl, SSL_KEY_UPDATE_NOT_REQUESTED) == 1);
+        assert(SSL_do_handshake(p.ssl) == 1);
+    }
+    exchange(&p);
+    tell(&q, GET);
+    answer(next_request(), "hello");
+    bool amid_the_flood = false;
+    for (const pf_conn *conn = loop->conns; conn != NULL; conn = conn->next)
+        amid_the_flood |= conn->readable;
+    assert(amid_the_flood);
+    told_until(&q, "hello");
+    tell(&p, GET);
+    answer(next_request(), "you, too");
+    told_until(&p, "you, too");
+    free_peer(&q);
+    close_peer_and_server(&p);
+}
+
+static void
+a_new_key_may_be_asked_for(void)
+{
+    open_plainly_secure();
+    peer p = new_peer(NULL, TLS1_3_VERSION);
+    assert(shake_hands(&p) == 1);
+    for (int i = 0; i < 3; i++) {
+        assert(SSL_key_update(p.ssl, SSL_KEY_UPDATE_REQUESTED) == 1);
+        assert(SSL_do_handshake(p.ssl) == 1);
+        is_served(&p);
+    }
+    close_peer_and_server(&p);
+}
+
 /* ---- large answers and bodies -------------------------------------------------------*/
 static char large[1 << 20];
 
@@ -783,6 +823,8 @@ main(void)
     a_close_is_told_from_a_cut();
     who_has_closed_its_side_is_still_answered();
     a_malformed_record_ends_it();
+    records_that_are_for_tls_alone_hold_up_nobody();
+    a_new_key_may_be_asked_for();
     no_byte_of_a_large_answer_is_lost();
     pipelined_requests_may_share_a_record();
     a_client_may_have_to_show_a_certificate();
