@@ -29,6 +29,7 @@ struct pf__session {
     bool dry;        /* the kernel has nothing more, as far as we know */
     bool last;       /* the peer's side is shut: behind the last byte is the end */
     bool ended;      /* which we have seen */
+    bool waits;      /* it could not go on: what it has is no whole record */
     bool more;       /* bytes follow at once */
     bool broken;     /* nothing can be said any more */
     bool curt;       /* no good-bye: something is missing */
@@ -213,8 +214,9 @@ outcome(pf__session *s, int rc, int code)
 {
     int error = SSL_get_error(s->ssl, rc);
     s->wants_room = error == SSL_ERROR_WANT_WRITE;
+    s->waits = error == SSL_ERROR_WANT_READ || s->wants_room;
     s->dry |= s->blind;
-    if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE)
+    if (s->waits)
         return -EAGAIN;
     if (error == SSL_ERROR_ZERO_RETURN)
         return 0;
@@ -239,6 +241,7 @@ prepare(pf__session *s)
         ERR_clear_error();
     s->error = errno = 0;
     s->reads = 0;
+    s->waits = false;
 }
 
 int
@@ -325,7 +328,8 @@ pf__session_wet(pf__session *s, bool last)
 bool
 pf__session_is_dry(const pf__session *s)
 {
-    return s->early == NULL && s->dry && SSL_has_pending(s->ssl) == 0;
+    bool all = s->waits || SSL_has_pending(s->ssl) == 0;
+    return s->early == NULL && s->dry && all;
 }
 
 bool

@@ -606,6 +606,20 @@ records_that_are_for_tls_alone_hold_up_nobody(void)
 }
 
 static void
+half_a_record_is_waited_for_asleep(void)
+{
+    open_plainly_secure();
+    peer p = new_peer(NULL, TLS1_3_VERSION);
+    assert(shake_hands(&p) == 1);
+    assert(SSL_write(p.ssl, GET, (int)strlen(GET)) > 0);
+    p.budget = 20;
+    exchange(&p);
+    quiet(50); /* reads it */
+    assert(loop->conns->readable == false && loop->dirty == NULL);
+    close_peer_and_server(&p);
+}
+
+static void
 a_new_key_may_be_asked_for(void)
 {
     open_plainly_secure();
@@ -824,6 +838,7 @@ main(void)
     who_has_closed_its_side_is_still_answered();
     a_malformed_record_ends_it();
     records_that_are_for_tls_alone_hold_up_nobody();
+    half_a_record_is_waited_for_asleep();
     a_new_key_may_be_asked_for();
     no_byte_of_a_large_answer_is_lost();
     pipelined_requests_may_share_a_record();
