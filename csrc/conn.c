@@ -1368,6 +1368,7 @@ pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
     conn->peer = origin->peer;
     conn->local = origin->local;
     conn->introduced = origin->introduced;
+    conn->served = origin->served;
     conn->counted = o->max_connections_per_ip > 0 && refusal == 0 && !introduces
                     && conn->peer.family != AF_UNIX;
     loop->row->stats.connections++;

@@ -448,6 +448,7 @@ typedef struct pf__origin {
     pf_peer peer;    /* its client */
     pf_peer local;   /* where that connected to; family 0: ask the socket */
     bool introduced; /* its PROXY header was read: no other is expected */
+    uint32_t served; /* requests that were answered on it elsewhere */
 } pf__origin;
 
 typedef struct pf__mail {

@@ -444,12 +444,14 @@ is_ahead(const pf_loop *loop, const pf_row *row)
     return taken_lately(loop, loop->row) > taken + taken / 16 + CROWDED;
 }
 
-/* A worker that should have some of ours, or NULL. */
+/* A worker that should have some of ours, or NULL. A census by address is each worker's
+ * own: who is over the limit there may not be so here, and would be turned away. */
 static pf_row *
 less_loaded(pf_loop *loop)
 {
     uint32_t own = loop->row->stats.connections;
-    if (PF__LIKELY(loop->board == NULL || own == 0 || loop->draining))
+    if (PF__LIKELY(loop->board == NULL || own == 0 || loop->draining)
+        || loop->options.max_connections_per_ip > 0)
         return NULL;
     pf_row *row = idler(loop);
     if (row == NULL)
@@ -496,7 +498,7 @@ balance(pf_loop *loop)
         next = conn->next;
         if (!pf__conn_is_quiet(conn))
             continue;
-        pf__origin origin = {conn->peer, conn->local, conn->introduced};
+        pf__origin origin = {conn->peer, conn->local, conn->introduced, conn->served};
         if (!pass_to(loop, row, conn->source.fd, &origin))
             return;
         pf__conn_leave(conn);

@@ -29,8 +29,11 @@ def board() -> Iterator[_core.Scoreboard]:
 class Fleet:
     """Loops of one process that stand for workers: each has a row, all one listener."""
 
-    def __init__(self, board: _core.Scoreboard, count: int, reuseport: bool) -> None:
+    def __init__(
+        self, board: _core.Scoreboard, count: int, reuseport: bool, **options: int
+    ) -> None:
         self.board = board
+        self.options = options
         self.listeners: list[socket.socket] = []
         self.loops: list[_core.Loop] = []
         self.rows: list[int] = []
@@ -45,7 +48,7 @@ class Fleet:
 
     def add(self, slot: int, sock: socket.socket) -> _core.Loop:
         row = self.board.claim(slot, 1)
-        loop = _core.Loop(drain_idle_ms=1)
+        loop = _core.Loop(drain_idle_ms=1, **self.options)
         loop.attach(self.board, row)
         loop.listen(sock.fileno())
         self.rows.append(row)
@@ -92,8 +95,8 @@ def listener(port: int, reuseport: bool) -> socket.socket:
 def fleet(board):
     made: list[Fleet] = []
 
-    def make(count: int, reuseport: bool = False) -> Fleet:
-        made.append(Fleet(board, count, reuseport))
+    def make(count: int, reuseport: bool = False, **options: int) -> Fleet:
+        made.append(Fleet(board, count, reuseport, **options))
         return made[-1]
 
     yield make
@@ -231,6 +234,29 @@ def test_a_passed_connection_is_answered_and_knows_its_peer(fleet, board):
                     seen.add(request.client)
                     request.respond(200, [], b"")
     assert seen == {client.getsockname() for client in one.clients}
+
+
+def test_where_addresses_are_counted_nobody_is_passed_on(fleet, board):
+    one = fleet(2, reuseport=False, max_connections_per_ip=40)
+    one.connect(40)
+    one.until(lambda: sum(one.held) == 40)
+    totals = board.totals()
+    assert (totals["passed_on"], totals["refused"]) == (0, 0)
+
+
+def test_a_passed_connection_has_the_requests_left_that_it_had(fleet, board):
+    one = fleet(1, max_requests=2)
+    one.connect(60)
+    for client in one.clients:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    one.until(lambda: board.totals()["statuses"][2] == 60)
+    one.add(1, one.listeners[0])
+    one.until(lambda: one.held[1] >= 25)
+    for client in one.clients:
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    one.until(lambda: sum(one.held) == 0)
+    assert all(b"Connection: close" in client.recv(65536) for client in one.clients)
 
 
 def test_a_draining_worker_is_passed_nothing(fleet, board):
