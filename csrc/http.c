@@ -560,6 +560,10 @@ note_field(pf_head *head, pf__head_state *state, pf_field *field, const char *da
         return note_connection(state, value, len);
     case PF_FIELD_EXPECT:
         return note_expect(state, value, len);
+    case PF_FIELD_TE:
+        if (head->minor > 0 && pf__http_list_has(value, len, "trailers"))
+            head->flags |= PF_HEAD_TRAILERS;
+        return DONE;
     case PF_FIELD_UPGRADE:
         state->seen |= SEEN_UPGRADE;
         return DONE;
@@ -880,27 +884,33 @@ begin_chunk(pf__chunked *c)
     c->left = 0;
 }
 
-/* Trailers are checked and dropped. Those that would change framing, routing, or what
- * was already decided about the request are an attack or a mistake (RFC 9110 6.5.1). */
-static bool
-forbidden_trailer(const pf__chunked *c)
+/* What would change framing, routing, or what was already decided about the message is
+ * an attack or a mistake behind a body (RFC 9110 6.5.1). */
+bool
+pf__http_is_forbidden_trailer(const char *name, size_t len)
 {
     static const char *const others[] = {
         "content-range", "max-forwards", "www-authenticate",
         "set-cookie",    "if-match",     "if-range",
         "pragma",        "age",          "if-unmodified-since",
         "expires",       "location",     "vary",
+        "retry-after",   "warning",
     };
-    if (c->name_len > PF__NAME_MAX)
-        return false;
-    int id = pf__http_field_id(c->name, c->name_len);
+    int id = pf__http_field_id(name, len);
     if (id != PF_FIELD_OTHER)
         return id != PF_FIELD_X_REQUEST_ID;
     for (size_t i = 0; i < sizeof others / sizeof *others; i++)
-        if (strlen(others[i]) == c->name_len
-            && same_name(c->name, others[i], c->name_len))
+        if (strlen(others[i]) == len && same_name(name, others[i], len))
             return true;
     return false;
+}
+
+/* Trailers of a request are checked and dropped. */
+static bool
+forbidden_trailer(const pf__chunked *c)
+{
+    return c->name_len <= PF__NAME_MAX
+           && pf__http_is_forbidden_trailer(c->name, c->name_len);
 }
 
 static int

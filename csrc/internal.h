@@ -179,6 +179,7 @@ int pf__http_field_id(const char *name, size_t len); /* PF_FIELD_*, any case */
 bool pf__http_list_has(const char *value, size_t len, const char *token);
 int64_t pf__http_parse_length(const char *value, size_t len); /* < 0: malformed */
 
+bool pf__http_is_forbidden_trailer(const char *name, size_t len);
 void pf__http_drop_forwarded(pf_head *head); /* Forwarded, X-Forwarded-*: they go */
 
 /* ---- trust.c: whose word counts -----------------------------------------------------*/
@@ -332,8 +333,10 @@ enum pf__answer_flag {
     PF__ANSWER_CHUNKED = 1 << 5,
     PF__ANSWER_NO_BODY = 1 << 6, /* HEAD, 1xx, 204, 304: bytes are dropped */
     PF__ANSWER_BEGUN = 1 << 7,
-    PF__ANSWER_SEALED = 1 << 8, /* its head is complete and may be sent */
-    PF__ANSWER_KEEP = 1 << 9,   /* an HTTP/1.0 peer needs Connection: keep-alive */
+    PF__ANSWER_SEALED = 1 << 8,    /* its head is complete and may be sent */
+    PF__ANSWER_KEEP = 1 << 9,      /* an HTTP/1.0 peer needs Connection: keep-alive */
+    PF__ANSWER_TRAILERS = 1 << 10, /* fields may follow its body, and are sent */
+    PF__ANSWER_TRAILED = 1 << 11,  /* its body is over: fields, or nothing, follow */
 };
 
 typedef struct pf__answer {
@@ -369,6 +372,14 @@ int pf__response_switch(pf__pool *pool, pf__buffer *out, pf__answer *a,
                         const char *accept, size_t accept_len, const char *subprotocol,
                         size_t subprotocol_len, const char *extensions,
                         size_t extensions_len);
+/* Have fields follow the body, if there is a place for them; whether there is. */
+bool pf__response_announce_trailers(pf__answer *a);
+int pf__response_check_trailer(const char *name, size_t name_len, const char *value,
+                               size_t value_len);
+int pf__response_trailer(pf__pool *pool, pf__buffer *out, pf__answer *a,
+                         const char *name, size_t name_len, const char *value,
+                         size_t value_len);
+int pf__response_end_chunks(pf__pool *pool, pf__buffer *out, const pf__answer *a);
 int pf__response_seal(pf__pool *pool, pf__buffer *out, pf__answer *a,
                       const pf__stamp *stamp);
 int pf__response_whole(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,

@@ -96,7 +96,8 @@ extern "C" {
     X(TLS_VERSION, -20129, 0, "no such version of TLS")                                \
     X(TLS_HANDSHAKE, -20130, 0, "TLS handshake failed")                                \
     X(TLS_TIMEOUT, -20131, 0, "TLS handshake took too long")                           \
-    X(TLS_RECORD, -20132, 0, "malformed TLS record")
+    X(TLS_RECORD, -20132, 0, "malformed TLS record")                                   \
+    X(APP_TRAILER, -20133, 0, "response field may not be sent as a trailer")
 
 enum pf_err {
 #define X(name, code, status, text) PF_ERR_##name = code,
@@ -179,6 +180,8 @@ enum pf_head_flag {
     PF_HEAD_IS_GET = 1 << 5,     /* the method is GET */
     PF_HEAD_FORWARDED = 1 << 6,  /* Forwarded or X-Forwarded-* fields are there; in a
                                     request on loan they are a listed peer's word */
+    PF_HEAD_TRAILERS = 1 << 7,   /* TE: trailers, in HTTP/1.1: the peer takes fields
+                                    behind a body */
 };
 
 typedef struct pf_head {
@@ -691,6 +694,14 @@ int pf_request_set_length(pf_request *request, uint64_t length); /* of the body,
 int64_t pf_request_length(const pf_request *request); /* as announced; -1: unknown */
 int pf_request_field(pf_request *request, const char *name, size_t name_len,
                      const char *value, size_t value_len); /* copies */
+int pf_request_trailers(pf_request *request); /* fields will follow the body; before the
+      first write. 1: the peer takes them, so the body is chunked, of whatever length,
+      and a Trailer field is let through; 0: it does not, or there is no body, and they
+      are dropped */
+int pf_request_trailer(pf_request *request, const char *name, size_t name_len,
+                       const char *value, size_t value_len); /* copies; behind the last
+      write. PF_ERR_APP_TRAILER: it frames, routes, or says what is decided by then (RFC
+      9110 6.5.1) */
 int pf_response_check_line(int status, const char *reason, size_t reason_len);
 int pf_response_check_field(const char *name, size_t name_len, const char *value,
                             size_t value_len); /* whether an answer may have this status

@@ -294,12 +294,14 @@ put_chunk_size(char *p, size_t len)
 static int
 before_write(pf_request *r, uint64_t len)
 {
+    pf__answer *a = &r->answer;
     if (r->dead)
         return PF_ERR_CLOSED;
+    if (PF__UNLIKELY(a->flags & PF__ANSWER_TRAILED))
+        return PF_ERR_STATE;
     int rc = seal(r);
     if (rc < 0)
         return rc;
-    pf__answer *a = &r->answer;
     if (a->length >= 0 && len > (uint64_t)a->length - a->written)
         return PF_ERR_APP_BODY_LONG;
     return len > 0 && !(a->flags & PF__ANSWER_NO_BODY);
@@ -398,6 +400,31 @@ pf_request_write_file(pf_request *r, int fd, int64_t offset, uint64_t len, void 
 }
 
 int
+pf_request_trailers(pf_request *r)
+{
+    if (r->dead)
+        return PF_ERR_CLOSED;
+    if ((r->answer.flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED)) != PF__ANSWER_BEGUN)
+        return PF_ERR_STATE;
+    return r->head.flags & PF_HEAD_TRAILERS
+           && pf__response_announce_trailers(&r->answer);
+}
+
+int
+pf_request_trailer(pf_request *r, const char *name, size_t name_len, const char *value,
+                   size_t value_len)
+{
+    if (r->dead)
+        return PF_ERR_CLOSED;
+    int rc = pf__response_check_trailer(name, name_len, value, value_len);
+    if (rc < 0 || (rc = seal(r)) < 0)
+        return rc;
+    pf__conn_mark_dirty(r->conn);
+    return pf__response_trailer(pool(r), &r->conn->out, &r->answer, name, name_len,
+                                value, value_len);
+}
+
+int
 pf_request_reset(pf_request *r)
 {
     pf__answer *a = &r->answer;
@@ -424,10 +451,7 @@ finish_body(pf_request *r)
         return PF_ERR_APP_BODY_SHORT;
     if (!(a->flags & PF__ANSWER_CHUNKED))
         return 0;
-    if ((rc = pf__buffer_reserve(pool(r), &r->conn->out, CHUNK_FRAME)) < 0)
-        return rc;
-    pf__buffer_put(&r->conn->out, "0\r\n\r\n", 5);
-    return 0;
+    return pf__response_end_chunks(pool(r), &r->conn->out, a);
 }
 
 int

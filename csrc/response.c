@@ -295,8 +295,9 @@ note_field(pf__answer *a, const char *name, size_t name_len, const char *value,
     case PF_FIELD_PROXY_CONNECTION:
     case PF_FIELD_UPGRADE:
     case PF_FIELD_TE:
-    case PF_FIELD_TRAILER:
         return PF_ERR_APP_HOP_BY_HOP;
+    case PF_FIELD_TRAILER:
+        return a->flags & PF__ANSWER_TRAILERS ? 0 : PF_ERR_APP_HOP_BY_HOP;
     case PF_FIELD_DATE:
         a->flags |= PF__ANSWER_DATE;
         return 0;
@@ -364,7 +365,7 @@ put_framing(char *p, pf__answer *a)
     bool bodiless = a->status < 200 || a->status == 204;
     if (bodiless)
         return p;
-    if (a->length >= 0) {
+    if (a->length >= 0 && !(a->flags & PF__ANSWER_TRAILERS)) {
         bool silent = a->status == 304 && !(a->flags & PF__ANSWER_LENGTH);
         if (silent)
             return p;
@@ -431,6 +432,70 @@ pf__response_seal(pf__pool *pool, pf__buffer *out, pf__answer *a,
         a->flags |= PF__ANSWER_NO_BODY;
     a->flags |= PF__ANSWER_SEALED;
     return 0;
+}
+
+/* ---- fields behind the body ---------------------------------------------------------*/
+/* They have a place behind chunks alone, RFC 9112 7.1.2. */
+bool
+pf__response_announce_trailers(pf__answer *a)
+{
+    if (a->minor == 0 || has_no_body(a))
+        return false;
+    a->flags |= PF__ANSWER_TRAILERS;
+    return true;
+}
+
+/* The first one ends the body. */
+static int
+end_body(pf__pool *pool, pf__buffer *out, pf__answer *a)
+{
+    if (a->flags & PF__ANSWER_TRAILED)
+        return 0;
+    if (a->length >= 0 && a->written < (uint64_t)a->length && !has_no_body(a))
+        return PF_ERR_APP_BODY_SHORT;
+    if (a->flags & PF__ANSWER_CHUNKED) {
+        int rc = pf__buffer_reserve(pool, out, 3);
+        if (rc < 0)
+            return rc;
+        pf__buffer_put(out, "0\r\n", 3);
+    }
+    a->flags |= PF__ANSWER_TRAILED;
+    return 0;
+}
+
+int
+pf__response_check_trailer(const char *name, size_t name_len, const char *value,
+                           size_t value_len)
+{
+    int rc = check_field(name, name_len, value, value_len);
+    if (rc == 0 && pf__http_is_forbidden_trailer(name, name_len))
+        rc = PF_ERR_APP_TRAILER;
+    return rc;
+}
+
+int
+pf__response_trailer(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *name,
+                     size_t name_len, const char *value, size_t value_len)
+{
+    int rc = end_body(pool, out, a);
+    if (rc < 0 || !(a->flags & PF__ANSWER_TRAILERS))
+        return rc;
+    if ((rc = pf__buffer_reserve(pool, out, name_len + value_len + 4)) < 0)
+        return rc;
+    char *p = put_field(out->data + out->len, name, name_len, value, value_len);
+    out->len = (size_t)(p - out->data);
+    return 0;
+}
+
+int
+pf__response_end_chunks(pf__pool *pool, pf__buffer *out, const pf__answer *a)
+{
+    static const char end[] = "0\r\n\r\n";
+    size_t begun = a->flags & PF__ANSWER_TRAILED ? 3 : 0;
+    int rc = pf__buffer_reserve(pool, out, sizeof end - 1);
+    if (rc == 0)
+        pf__buffer_put(out, end + begun, sizeof end - 1 - begun);
+    return rc;
 }
 
 /* ---- the common case: everything in one go ------------------------------------------*/

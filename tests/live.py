@@ -57,6 +57,7 @@ class Answer:
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes = b""
     interim: list[tuple[int, list[tuple[str, str]]]] = field(default_factory=list)
+    trailers: list[tuple[str, str]] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> str:
         """The value of a field that comes once."""
@@ -180,6 +181,7 @@ class Client:
                 answer.reason = event.reason.decode()
                 answer.headers = _texts(event.headers)
         answer.body = b"".join(parts)
+        answer.trailers = _texts(event.headers)
         self.unread = reader.trailing_data[0]
         return answer
 

@@ -767,14 +767,13 @@ ORDERS = {
     "a body first": ([body()], "before http.response.start"),
     "two starts": ([start(), start()], "http.response.start was sent twice"),
     "an unknown type": ([{"type": "http.response.x"}], "'http.response.x' is no mess"),
-    "trailers": ([start(), {"type": "http.response.trailers"}], "is no message"),
+    "trailers before the body": (
+        [{**start(), "trailers": True}, {"type": "http.response.trailers"}],
+        "must follow the last http.response.body",
+    ),
     "a path first": (
         [{"type": "http.response.pathsend", "path": "/dev/null"}],
         "must follow http.response.start",
-    ),
-    "a hint behind": (
-        [start(), {"type": "http.response.early_hint", "links": []}],
-        "after http.response.start",
     ),
     "no status": ([{"type": "http.response.start"}], "KeyError: 'status'"),
     "a status of text": ([start("200")], "status must be an int, not '200'"),
@@ -914,14 +913,19 @@ def test_files_and_bodies_may_alternate_and_a_file_goes_on_where_it_was(asgi, fi
     assert asgi(app).ask().body == data[:5] + b"-" + data[5:]
 
 
-def test_early_hints_arrive_while_the_app_still_works(asgi):
+@pytest.mark.parametrize("started", [False, True], ids=["before", "behind"])
+def test_early_hints_arrive_while_the_app_still_works(asgi, started):
     gate = Gate()
 
     async def app(scope, receive, send):
         links = [b"</a.css>; rel=preload", b"</b.js>"]
+        if started:
+            await send(start())
         await send({"type": "http.response.early_hint", "links": links})
         await gate.wait()
-        await answer(send)
+        if not started:
+            await send(start())
+        await send(body(b"hi"))
 
     client = asgi(app).client()
     client.send(GET)
@@ -932,6 +936,170 @@ def test_early_hints_arrive_while_the_app_still_works(asgi):
     )
     gate.open()
     assert client.answer().body == b"hi"
+
+
+def test_early_hints_are_ignored_when_the_head_has_left(asgi):
+    async def app(scope, receive, send):
+        await send(start())
+        await send(body(b"h", more=True))
+        await send({"type": "http.response.early_hint", "links": [b"</a.js>"]})
+        await send(body(b"i"))
+
+    found = asgi(app).ask()
+    assert (found.interim, found.body) == ([], b"hi")
+
+
+# ---- Trailers ------------------------------------------------------------------------
+
+TAKING = get("/", "TE: trailers")
+
+
+def trailers(*headers: tuple[bytes, bytes], more: bool = False) -> Message:
+    kind = "http.response.trailers"
+    return {"type": kind, "headers": [*headers], "more_trailers": more}
+
+
+class Trailing:
+    """An app that answers in parts, with trailers and a Trailer field."""
+
+    def __init__(
+        self, *parts: bytes, length: int | None = None, field: bytes = b"x"
+    ) -> None:
+        self.parts = parts
+        self.headers = [(b"trailer", b"x, y")]
+        if length is not None:
+            self.headers.append((b"content-length", b"%d" % length))
+        self.field = field
+        self.extensions: list[bool] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.extensions.append("http.response.trailers" in scope["extensions"])
+        await send({**start(200, *self.headers), "trailers": True})
+        *parts, last = self.parts
+        for part in parts:
+            await send(body(part, more=True))
+        await send(body(last))
+        await send(trailers((self.field, b"1"), more=True))
+        await send(trailers((b"y", b"2")))
+
+
+@pytest.mark.parametrize("parts", [[b"hello"], [b"hel", b"lo"], [b"hello", b""]])
+@pytest.mark.parametrize("length", [None, 5])
+def test_trailers_follow_the_body_of_who_takes_them(asgi, parts, length):
+    app = Trailing(*parts, length=length)
+    client = asgi(app).client()
+    for _ in range(2):
+        found = client.ask(TAKING)
+        assert (found.body, found.trailers) == (b"hello", [("x", "1"), ("y", "2")])
+        assert (found["transfer-encoding"], found["trailer"]) == ("chunked", "x, y")
+        assert "content-length" not in found
+    assert app.extensions == [True, True]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GET,
+        get("/", "TE: deflate"),
+        get("/", "TE: trailers", method="HEAD"),
+        b"GET / HTTP/1.0\r\nTE: trailers\r\nConnection: keep-alive\r\n\r\n",
+    ],
+    ids=["not asked for", "another coding", "HEAD", "HTTP/1.0"],
+)
+def test_trailers_are_dropped_and_not_announced_to_others(asgi, request_):
+    app = Trailing(b"hello")
+    client = asgi(app).client()
+    for _ in range(2):
+        found = client.ask(request_)
+        assert (found["content-length"], found.trailers) == ("5", [])
+        assert "trailer" not in found
+    assert app.extensions == [False, False]
+
+
+@pytest.mark.parametrize("asked", ["TE: trailers", "TE: gzip;q=0.5, Trailers"])
+def test_who_lists_trailers_takes_them(asgi, asked):
+    assert asgi(Trailing(b"")).ask(get("/", asked)).trailers == [("x", "1"), ("y", "2")]
+
+
+def test_a_file_may_have_trailers(asgi, file):
+    async def app(scope, receive, send):
+        await send({**start(), "trailers": True})
+        await send({"type": "http.response.pathsend", "path": str(file)})
+        await send(trailers((b"x", b"1")))
+
+    found = asgi(app).ask(TAKING)
+    assert (found.body, found.trailers) == (file.read_bytes(), [("x", "1")])
+
+
+def test_the_body_leaves_before_its_trailers(asgi):
+    gate = Gate()
+
+    async def app(scope, receive, send):
+        await send({**start(), "trailers": True})
+        await send(body(b"hello"))
+        await gate.wait()
+        await send(trailers((b"x", b"1")))
+
+    client = asgi(app).client()
+    client.send(TAKING)
+    assert client.until(b"5\r\nhello\r\n")
+    gate.open()
+    assert client.until(b"0\r\nx: 1\r\n\r\n")
+
+
+FORBIDDEN = [b"content-length", b"Transfer-Encoding", b"host", b"set-cookie", b"x y"]
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "dropped"])
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_trailer_that_must_be_none_is_an_error_that_names_it(asgi, name, taken):
+    live = asgi(Trailing(b"hello", field=name))
+    with live.client() as client:
+        client.send(TAKING if taken else GET)
+        client.rest()
+    text = live.log.until("ProtocolError")
+    assert f"{name!r}: b'1'" in text
+
+
+def test_trailers_that_were_not_announced_are_an_error(asgi):
+    async def app(scope, receive, send):
+        await send(start())
+        await send(body(b"hello", more=True))
+        await send(trailers())
+
+    live = asgi(app)
+    with pytest.raises(h11.RemoteProtocolError):
+        live.ask(TAKING)
+    assert "must follow the last http.response.body" in logged(live)
+
+
+@pytest.mark.parametrize("kind", ["body", "zerocopysend"])
+def test_behind_the_body_come_trailers_alone(asgi, kind, file):
+    errors = []
+
+    async def app(scope, receive, send):
+        await send({**start(), "trailers": True})
+        await send(body(b"hello"))
+        with file.open("rb") as opened:
+            try:
+                await send({"type": f"http.response.{kind}", "file": opened})
+            except RuntimeError as error:
+                errors.append(str(error))
+        await send(trailers())
+
+    assert asgi(app).ask(TAKING).body == b"hello"
+    assert f"{kind} was sent after the last http.response.body" in errors[0]
+
+
+def test_an_app_that_returns_without_its_trailers_leaves_the_answer_truncated(asgi):
+    async def app(scope, receive, send):
+        await send({**start(), "trailers": True})
+        await send(body(b"hello"))
+
+    live = asgi(app)
+    with pytest.raises(h11.RemoteProtocolError):
+        live.ask(TAKING)
+    assert live.log.until("without the http.response.trailers it had announced")
 
 
 # ---- What goes wrong -----------------------------------------------------------------

@@ -20,6 +20,7 @@ cdef enum:  # what the app has sent
     WAITING    # nothing
     STARTED    # the head, which is held back
     STREAMING  # the head and some of the body
+    TRAILING   # the body, and will send trailers
     COMPLETE   # all
 
 
@@ -57,6 +58,7 @@ cdef class Exchange:
     cdef int stage
     cdef object status
     cdef object fields
+    cdef bint trailers       # the app will send some behind the body
     cdef bint received       # the app has the whole body
     cdef bint ended          # the client has closed its side
     cdef bint events         # a stream of events, which has no end of its own
@@ -78,6 +80,8 @@ cdef class Exchange:
     cdef int send_path(self, message) except -1
     cdef object send_file(self, message)
     cdef int send_hint(self, message) except -1
+    cdef int refuse_behind_body(self, str kind) except -1
+    cdef int send_trailers(self, message) except -1
     cpdef bint is_full(self)
     cdef int settle(self, task) except -1
     cdef str missing(self)

@@ -34,6 +34,8 @@ from prefork._core cimport (
     PF_FIELD_OTHER,
     PF_HEAD_CHUNKED,
     PF_HEAD_IS_GET,
+    PF_HEAD_IS_HEAD,
+    PF_HEAD_TRAILERS,
     Request,
     pf_field,
     pf_head,
@@ -66,6 +68,7 @@ cdef str EXTENSIONS = sys.intern("extensions")
 cdef str TYPE = sys.intern("type")
 cdef str BODY = sys.intern("body")
 cdef str MORE_BODY = sys.intern("more_body")
+cdef str TRAILERS = sys.intern("trailers")
 cdef str SLASH = sys.intern("/")
 cdef bytes SLASH_BYTES = b"/"
 
@@ -73,6 +76,7 @@ cdef str REQUEST_MESSAGE = sys.intern("http.request")
 cdef str DISCONNECT_MESSAGE = sys.intern("http.disconnect")
 cdef str START_MESSAGE = sys.intern("http.response.start")
 cdef str BODY_MESSAGE = sys.intern("http.response.body")
+cdef str TRAILERS_MESSAGE = sys.intern("http.response.trailers")
 
 cdef tuple NAMES = tuple([name.encode() for name in core.FIELD_NAMES_KNOWN])
 
@@ -271,6 +275,8 @@ cdef class Dispatcher(_dispatch.Dispatcher):
                 data + head.method.at, head.method.len, NULL))
         if head.minor == 0:
             PyDict_SetItem(scope, HTTP_VERSION, "1.0")
+        if head.flags & PF_HEAD_TRAILERS and not head.flags & PF_HEAD_IS_HEAD:
+            scope[EXTENSIONS][TRAILERS_MESSAGE] = {}
         self.set_path(scope, head, data)
         self.set_ends(scope, request)
         if request.is_forwarded():
@@ -395,6 +401,8 @@ cdef class Exchange:
             return self.send_file(message)
         elif kind == "http.response.early_hint":
             self.send_hint(message)
+        elif kind == TRAILERS_MESSAGE:
+            self.send_trailers(message)
         else:
             raise RuntimeError(f"{kind!r} is no message that an answer is made of")
         return NOTHING
@@ -407,6 +415,7 @@ cdef class Exchange:
             raise TypeError(f"status must be an int, not {status!r}")
         self.status = status
         self.fields = message.get("headers", ())
+        self.trailers = TRAILERS in message and message[TRAILERS]
         self.stage = STARTED
         return 0
 
@@ -441,6 +450,8 @@ cdef class Exchange:
             if not more:
                 self.complete_whole(body)
                 return NOTHING
+        elif self.stage == TRAILING:
+            self.refuse_behind_body("http.response.body")
         self.request.put(body)
         return self.sent(more)
 
@@ -459,6 +470,8 @@ cdef class Exchange:
         cdef Request request = self.request
         self.stage = WAITING
         request.start(self.status, None, [])
+        if self.trailers:
+            request.announce_trailers()
         try:
             for name, value in self.fields:
                 if type(name) is not bytes or type(value) is not bytes:
@@ -496,6 +509,12 @@ cdef class Exchange:
         return self.status in (204, 304) or self.request.asks_for_head()
 
     cdef int complete(self) except -1:
+        """The body is; nothing more comes, but for trailers."""
+        if self.trailers and self.stage != TRAILING:
+            self.stage = TRAILING
+            if not self.dispatcher.starting:
+                self.dispatcher.desk.schedule()
+            return 0
         self.stage = COMPLETE
         self.request.conclude()
         wake(self.readers)
@@ -519,6 +538,8 @@ cdef class Exchange:
         if self.stage == WAITING:
             raise RuntimeError(
                 "http.response.zerocopysend was sent before http.response.start")
+        if self.stage == TRAILING:
+            self.refuse_behind_body("http.response.zerocopysend")
         file = Duplicate(message["file"].fileno())
         offset, count = message.get("offset"), message.get("count")
         moves = offset is None
@@ -537,12 +558,26 @@ cdef class Exchange:
         return self.sent(more)
 
     cdef int send_hint(self, message) except -1:
-        """103 Early Hints, at once."""
-        if self.stage != WAITING:
-            raise RuntimeError(
-                "http.response.early_hint was sent after http.response.start")
+        """103 Early Hints, at once; ignored when the head has left."""
+        if self.stage > STARTED:
+            return 0
         links = [(b"Link", bytes_of(link)) for link in message["links"]]
         core.Request.inform(self.request, 103, links)
+        return 0
+
+    cdef int refuse_behind_body(self, str kind) except -1:
+        raise RuntimeError(f"{kind} was sent after the last http.response.body")
+
+    cdef int send_trailers(self, message) except -1:
+        """Fields behind the body."""
+        if self.stage != TRAILING:
+            raise RuntimeError(
+                f"{TRAILERS_MESSAGE} must follow the last http.response.body, and be "
+                "announced by trailers in http.response.start")
+        for name, value in message.get("headers", ()):
+            self.request.trailer(bytes_of(name), bytes_of(value))
+        if not message.get("more_trailers", False):
+            self.complete()
         return 0
 
     cpdef bint is_full(self):
@@ -614,6 +649,8 @@ cdef class Exchange:
             return "the app returned without an answer"
         if self.stage == STARTED:
             return "the app returned after http.response.start, without a body"
+        if self.stage == TRAILING:
+            return f"the app returned without the {TRAILERS_MESSAGE} it had announced"
         return "the app returned before the last http.response.body"
 
     cdef int fail(self, error) except -1:

@@ -45,6 +45,7 @@ cdef extern from "prefork.h" nogil:
         PF_HEAD_IS_HEAD
         PF_HEAD_IS_GET
         PF_HEAD_FORWARDED
+        PF_HEAD_TRAILERS
 
     ctypedef struct pf_head:
         pf_span method, target, path, query, authority
@@ -373,6 +374,9 @@ cdef extern from "prefork.h" nogil:
     int64_t pf_request_length(const pf_request *request)
     int pf_request_field(pf_request *request, const char *name, size_t name_len,
                          const char *value, size_t value_len)
+    int pf_request_trailers(pf_request *request)
+    int pf_request_trailer(pf_request *request, const char *name, size_t name_len,
+                           const char *value, size_t value_len)
     int pf_response_check_line(int status, const char *reason, size_t reason_len)
     int pf_response_check_field(const char *name, size_t name_len, const char *value,
                                 size_t value_len)
@@ -499,6 +503,8 @@ cdef class Request:
     cdef int start(self, int status, bytes reason, list fields) except -1
     cdef int tell_length(self, uint64_t length) except -1
     cdef int plain_field(self, bytes name, bytes value) except -1
+    cdef int announce_trailers(self) except -1
+    cdef int trailer(self, bytes name, bytes value) except -1
     cdef int put(self, bytes data) except -1
     cdef int whole(self, bytes data) except -1
     cdef int conclude(self) except -1

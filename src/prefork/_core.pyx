@@ -1226,6 +1226,18 @@ cdef class Request:
             self.field(name, value)
         return 0
 
+    cdef int announce_trailers(self) except -1:
+        """Fields will follow the body, if the peer takes them. Before its first byte.
+        """
+        return check(pf_request_trailers(self.lent()))
+
+    cdef int trailer(self, bytes name, bytes value) except -1:
+        """A field behind the body, which is complete."""
+        cdef int rc = pf_request_trailer(
+            self.lent(), PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name),
+            PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+        return refuse_field(rc, name, value) if rc < 0 else 0
+
     def set_length(self, uint64_t length):
         """The body's length, unless a field has said it; before the first write."""
         self.tell_length(length)
@@ -1462,12 +1474,15 @@ cdef int put_field(Request request, object name, object value) except -1:
         rc = pf_response_check_field(n, name_len, v, value_len)
     else:
         rc = pf_request_field(request.lent(), n, name_len, v, value_len)
-    if rc < 0:
-        if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
-            text = pf_error_text(rc).decode("ascii")
-            raise ProtocolError(f"{text}: {name!r}: {value!r}")
-        check(rc)
-    return 0
+    return refuse_field(rc, name, value) if rc < 0 else 0
+
+
+cdef int refuse_field(int rc, object name, object value) except -1:
+    """Raise what says that this field cannot be sent."""
+    if rc <= FIRST_APP_ERROR and rc != PF_ERR_CLOSED:
+        text = pf_error_text(rc).decode("ascii")
+        raise ProtocolError(f"{text}: {name!r}: {value!r}")
+    return check(rc)
 
 
 cdef int put_pair(Request request, pair) except -1:

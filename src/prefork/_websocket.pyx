@@ -312,6 +312,7 @@ cdef class WebSocket(_asgi.Exchange):
             self.deny(403, "the app closed the WebSocket before it accepted it")
         elif kind == START and self.state == ASKED:
             self.send_start(message)
+            self.trailers = False  # there is no message for them
             self.state = DENIED
         elif kind == BODY and self.state == DENIED:
             return self.send_body(message)

@@ -205,6 +205,68 @@ a_body_shorter_than_its_length_closes_the_connection(void)
     close_server();
 }
 
+static int
+trailer(pf_request *r, const char *name, const char *value)
+{
+    return pf_request_trailer(r, name, strlen(name), value, strlen(value));
+}
+
+static void
+trailers_come_behind_the_body_to_who_takes_them(void)
+{
+    static const char taking[] = "GET / HTTP/1.1\r\nHost: a\r\nTE: trailers\r\n\r\n";
+    open_server(0);
+    int peer = peer_saying(taking);
+    pf_request *r = next_request();
+    assert(pf_request_trailers(r) == PF_ERR_STATE);
+    begin(r, 5);
+    assert(pf_request_trailers(r) == 1);
+    assert(trailer(r, "Content-Length", "5") == PF_ERR_APP_TRAILER);
+    assert(pf_request_write(r, "hello", 5) == 0);
+    assert(pf_request_trailers(r) == PF_ERR_STATE);
+    assert(trailer(r, "X", "y") == 0 && trailer(r, "X", "z") == 0);
+    assert(pf_request_write(r, "", 0) == PF_ERR_STATE);
+    assert(pf_request_end(r) == 0);
+    assert(says(hear_head(peer), "\r\nTransfer-Encoding: chunked\r\n"));
+    const char *expected = "5\r\nhello\r\n0\r\nX: y\r\nX: z\r\n\r\n";
+    assert(strcmp(hear_bytes(peer, strlen(expected)), expected) == 0);
+    say(peer, taking);
+    r = next_request();
+    begin(r, -1); /* without a body, and with none in the end */
+    assert(pf_request_trailers(r) == 1 && pf_request_end(r) == 0);
+    hear_head(peer);
+    assert(strcmp(hear_bytes(peer, 5), "0\r\n\r\n") == 0);
+    close(peer);
+    close_server();
+}
+
+static void
+trailers_are_dropped_for_who_does_not_take_them(void)
+{
+    open_server(0);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    begin(r, 5);
+    assert(pf_request_trailers(r) == 0);
+    assert(pf_request_write(r, "hello", 5) == 0);
+    assert(trailer(r, "X", "y") == 0 && trailer(r, "Host", "a") == PF_ERR_APP_TRAILER);
+    assert(pf_request_write(r, "", 0) == PF_ERR_STATE && pf_request_end(r) == 0);
+    assert(says(hear_head(peer), "\r\nContent-Length: 5\r\n"));
+    assert(strcmp(hear_bytes(peer, 5), "hello") == 0);
+    say(peer, GET);
+    answer(next_request(), "x");
+    hear_answer(peer);
+    say(peer, "GET / HTTP/1.0\r\nTE: trailers\r\n\r\n");
+    r = next_request();
+    begin(r, -1);
+    assert(pf_request_trailers(r) == 0 && trailer(r, "X", "y") == 0);
+    assert(pf_request_end(r) == 0);
+    assert(!says(hear_head(peer), "chunked"));
+    hear_end(peer);
+    close(peer);
+    close_server();
+}
+
 static void
 an_interim_answer_comes_before_the_answer(void)
 {
@@ -1895,6 +1957,8 @@ main(void)
     an_answer_can_be_begun_anew_until_it_is_sent();
     an_unfinished_head_is_not_sent();
     a_body_shorter_than_its_length_closes_the_connection();
+    trailers_come_behind_the_body_to_who_takes_them();
+    trailers_are_dropped_for_who_does_not_take_them();
     an_interim_answer_comes_before_the_answer();
     both_ends_of_a_connection_are_told();
     our_end_of_a_connection_is_asked_for_once();

@@ -465,6 +465,115 @@ a_long_server_or_type_is_cut_and_still_a_line(void)
     open_stamp();
 }
 
+/* ---- fields behind the body ---------------------------------------------------------*/
+static int
+trailer(pf__answer *a, const char *name, const char *value)
+{
+    size_t name_len = strlen(name), len = strlen(value);
+    int rc = pf__response_check_trailer(name, name_len, value, len);
+    if (rc == 0)
+        rc = pf__response_trailer(&pool, &out, a, name, name_len, value, len);
+    return rc;
+}
+
+static void
+an_answer_with_trailers_is_chunked_whatever_its_length(void)
+{
+    for (int64_t length = -1; length <= 1; length++) {
+        pf__answer a = {.minor = 1};
+        assert(begin(&a, 200, length) == 0 && pf__response_announce_trailers(&a));
+        assert(field(&a, "Trailer", "X") == 0);
+        seal(&a);
+        assert(out_has("\r\nTrailer: X\r\n") && out_has("\r\n" CHUNKED "\r\n"));
+        assert(!out_has("Content-Length") && a.flags & PF__ANSWER_CHUNKED);
+        empty();
+    }
+}
+
+static void
+trailers_have_no_place_where_there_are_no_chunks(void)
+{
+    static const pf__answer without[] = {
+        {.minor = 0, .status = 200},
+        {.minor = 1, .status = 200, .head = true},
+        {.minor = 1, .status = 204},
+        {.minor = 1, .status = 304},
+    };
+    for (size_t i = 0; i < sizeof without / sizeof *without; i++) {
+        pf__answer a = without[i];
+        int status = a.status;
+        assert(begin(&a, status, -1) == 0 && !pf__response_announce_trailers(&a));
+        assert(field(&a, "Trailer", "X") == PF_ERR_APP_HOP_BY_HOP);
+        seal(&a);
+        empty();
+        assert(trailer(&a, "X", "y") == 0 && out.len == 0);
+    }
+}
+
+static void
+trailers_stand_between_the_last_chunk_and_an_empty_line(void)
+{
+    pf__answer a = {.minor = 1};
+    assert(begin(&a, 200, -1) == 0 && pf__response_announce_trailers(&a));
+    seal(&a);
+    empty();
+    assert(trailer(&a, "X", "y") == 0 && trailer(&a, "Empty", "") == 0);
+    assert(pf__response_end_chunks(&pool, &out, &a) == 0);
+    assert(out_is("0\r\nX: y\r\nEmpty: \r\n\r\n"));
+}
+
+static void
+trailers_that_nobody_announced_are_dropped(void)
+{
+    pf__answer a = {.minor = 1};
+    begin_sealed(&a, 200, -1);
+    empty();
+    assert(trailer(&a, "X", "y") == 0);
+    assert(pf__response_end_chunks(&pool, &out, &a) == 0);
+    assert(out_is("0\r\n\r\n"));
+}
+
+static void
+no_trailer_comes_before_the_whole_of_a_body_whose_length_is_known(void)
+{
+    pf__answer a = {.minor = 1};
+    assert(begin(&a, 200, 5) == 0 && pf__response_announce_trailers(&a));
+    seal(&a);
+    a.written = 4;
+    assert(trailer(&a, "X", "y") == PF_ERR_APP_BODY_SHORT);
+    a.written = 5;
+    assert(trailer(&a, "X", "y") == 0);
+    empty();
+}
+
+/* RFC 9110 6.5.1. */
+static void
+what_frames_routes_authenticates_or_is_decided_is_no_trailer(void)
+{
+    static const char *const names[] = {
+        "Content-Length", "transfer-encoding",
+        "Trailer",        "TE",
+        "Host",           "Content-Type",
+        "Content-Range",  "Content-Encoding",
+        "Cache-Control",  "Authorization",
+        "Set-Cookie",     "WWW-Authenticate",
+        "Date",           "Expires",
+        "Location",       "Retry-After",
+        "Vary",           "Age",
+        "Connection",     "Max-Forwards",
+    };
+    pf__answer a = {.minor = 1};
+    assert(begin(&a, 200, -1) == 0 && pf__response_announce_trailers(&a));
+    seal(&a);
+    empty();
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        assert(trailer(&a, names[i], "x") == PF_ERR_APP_TRAILER);
+    assert(trailer(&a, "X Y", "z") == PF_ERR_APP_FIELD_NAME);
+    assert(trailer(&a, "X", "y\r\nZ: 1") == PF_ERR_APP_FIELD_VALUE);
+    assert(out.len == 0 && trailer(&a, "Server-Timing", "x") == 0);
+    empty();
+}
+
 /* ---- refusals -----------------------------------------------------------------------*/
 static void
 check_refusal(int code)
@@ -568,6 +677,12 @@ main(void)
     a_date_is_an_imf_fixdate();
     without_server_date_and_type_none_is_written();
     a_long_server_or_type_is_cut_and_still_a_line();
+    an_answer_with_trailers_is_chunked_whatever_its_length();
+    trailers_have_no_place_where_there_are_no_chunks();
+    trailers_stand_between_the_last_chunk_and_an_empty_line();
+    trailers_that_nobody_announced_are_dropped();
+    no_trailer_comes_before_the_whole_of_a_body_whose_length_is_known();
+    what_frames_routes_authenticates_or_is_decided_is_no_trailer();
     every_refusal_is_a_whole_answer_that_says_close();
     every_refusal_has_a_named_status();
     interim_fields_are_whole_lines_without_controls();
