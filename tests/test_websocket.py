@@ -827,6 +827,41 @@ def test_who_waits_for_room_is_told_when_the_client_leaves(asgi):
     assert isinstance(outcome.get(timeout=SOON), ClientDisconnected)
 
 
+def leave_while_it_waits(live: Live, size: int) -> None:
+    """Close while the app waits for room, and read what it has sent."""
+    raw = Raw(live.client(receive_buffer=65536))
+    live.until(lambda stats: stats["bytes_out"] > 100000)
+    raw.send(closing(1000, "bye"))
+    assert raw.frame() == (BINARY, bytes(size))
+    assert raw.closed() == (1000, "")
+
+
+def test_a_send_that_waits_succeeds_when_the_client_closes_in_good_order(asgi):
+    outcome = queue.SimpleQueue()
+
+    async def app(scope, receive, send):
+        await accept(receive, send)
+        await send({"type": "websocket.send", "bytes": bytes(6_000_000)})
+        outcome.put(await receive())
+
+    leave_while_it_waits(asgi(app), 6_000_000)
+    assert outcome.get(timeout=SOON) == disconnect(1000, "bye")
+
+
+def test_a_native_send_that_waits_succeeds_when_the_client_closes(serve):
+    outcome = queue.SimpleQueue()
+
+    async def handler(request):
+        socket = await request.websocket()
+        await socket.send(bytes(6_000_000))
+        with pytest.raises(ClientDisconnected):
+            await socket.receive()
+        outcome.put((socket.close_code, socket.close_reason))
+
+    leave_while_it_waits(serve(handler), 6_000_000)
+    assert outcome.get(timeout=SOON) == (1000, "bye")
+
+
 # ---- idleness and the end ------------------------------------------------------------
 
 

@@ -63,6 +63,7 @@ cdef class Exchange:
     cdef bint ended          # the client has closed its side
     cdef bint events         # a stream of events, which has no end of its own
     cdef readonly object error  # why nothing more can be sent
+    cdef readonly bint lost     # and what was sent has not all arrived
     cdef list readers        # futures of those who wait for a message
     cdef list writers        # and for room
 

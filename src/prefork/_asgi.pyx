@@ -608,6 +608,7 @@ cdef class Exchange:
     def on_closed(self, code):
         """The client has left, or its body is broken or late."""
         self.error = core.error(code)
+        self.lost = True
         if core.error_status(code) and not self.request.begun:
             self.request.refuse(code)
         else:

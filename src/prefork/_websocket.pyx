@@ -205,6 +205,9 @@ cdef class Dispatcher(_asgi.Dispatcher):
         return self.start(socket, request)
 
 
+cdef enum:
+    LOST = 1006  # the code of a WebSocket that was not closed
+
 cdef enum:  # where the handshake is
     ASKED     # the app has not answered
     OPEN
@@ -263,7 +266,7 @@ cdef class WebSocket(_asgi.Exchange):
         elif self.backlog:
             data = self.backlog.pop()
         elif self.request.loan is NULL or self.ended:
-            code = 1006 if self.code is None else self.code
+            code = LOST if self.code is None else self.code
             return {TYPE: DISCONNECT, "code": code, "reason": self.reason or ""}
         else:
             return None
@@ -411,8 +414,10 @@ cdef class WebSocket(_asgi.Exchange):
         if self.state == OPEN:
             self.keep_backlog()
             self.code, self.reason = self.request.closing()
+            self.lost = self.code == LOST  # else what was sent goes out all the same
             self.request.close_websocket(1000, "")
         else:
+            self.lost = True
             self.request.abort()
         self.state = CLOSED
         self.step()

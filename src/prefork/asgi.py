@@ -290,7 +290,7 @@ class AsgiDesk(LoopDesk):
         """Until little enough of the answer is pending."""
         while exchange.is_full():
             await exchange.room_coming()
-        if exchange.error is not None:
+        if exchange.lost:
             raise ClientDisconnected(str(exchange.error))
 
     # -- errors --

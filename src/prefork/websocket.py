@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prefork.native import AsyncDesk, Fields, Request
 
 HIGH_WATER = 65536  # bytes pending above which send() waits for room
-NORMAL, ERROR, AWAY = 1000, 1011, 1012  # close codes
+NORMAL, LOST, ERROR, AWAY = 1000, 1006, 1011, 1012  # close codes
 
 
 class WebSocket:
@@ -70,8 +70,10 @@ class WebSocket:
         while pending >= HIGH_WATER:
             self.request.want_room()
             await self.waiting(self.writers)
-            if self.closed:
+            if self.close_code == LOST:
                 raise ClientDisconnected(self.farewell())
+            if self.close_code is not None:
+                return  # in good order: what was sent goes out all the same
             pending = self.request.unsent_bytes
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
