@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import ssl
 from pathlib import Path
 
 import pytest
@@ -376,6 +377,94 @@ def test_every_option_is_an_environment_variable(name):
 def test_the_environment_of_the_process_is_the_default(monkeypatch):
     monkeypatch.setenv("PREFORK_NAME", "mine")
     assert Config.load({}).name == "mine"
+
+
+# ---- TLS -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ("a.pem", ("a.pem",)),
+        ("a.pem, b.pem", ("a.pem", "b.pem")),
+        (["a.pem", Path("/b.pem")], ("a.pem", "/b.pem")),
+        (Path("/a.pem"), ("/a.pem",)),
+        ("", ()),
+        ("none", ()),
+        ((), ()),
+    ],
+)
+def test_certfile_takes_one_file_or_several(given, files):
+    assert Config(certfile=given).certfile == files
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("none", "none"),
+        ("required", "required"),
+        ("1", "optional"),
+        (2, "required"),
+        (ssl.CERT_NONE, "none"),
+        (ssl.CERT_OPTIONAL, "optional"),
+    ],
+)
+def test_cert_reqs_is_a_word_or_the_number_that_others_have(given, wanted):
+    cas = "ca.pem" if wanted != "none" else None
+    assert Config(cert_reqs=given, ca_certs=cas).cert_reqs == wanted
+
+
+@pytest.mark.parametrize("given", ["1.3", 1.3, "tls1.3", "TLSv1.3"])
+def test_tls_min_is_a_version_as_anybody_writes_it(given):
+    assert Config(tls_min=given).tls_min == "1.3"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"certfile": 3}, "certfile must be the path of a file, or several, not 3"),
+        ({"tls_min": "1.1"}, "tls_min must be one of 1.2, 1.3, not '1.1'"),
+        ({"tls_min": 1}, "tls_min must be 1.2 or 1.3, not 1"),
+        (
+            {"cert_reqs": "yes"},
+            "cert_reqs must be one of none, optional, required, not 'yes'",
+        ),
+        (
+            {"cert_reqs": True},
+            "cert_reqs must be none, optional or required, not True",
+        ),
+        (
+            {"cert_reqs": "required"},
+            "cert_reqs must be none where no ca_certs are given, not 'required'",
+        ),
+        (
+            {"ca_certs": "ca.pem"},
+            "cert_reqs must be optional or required where ca_certs are given, "
+            "not 'none'",
+        ),
+        (
+            {"certfile": "a,b", "keyfile": "c"},
+            "keyfile must be as many files as certfile (2), not ['c']",
+        ),
+        (
+            {"certfile": "a", "ocsp_file": "b,c"},
+            "ocsp_file must be at most as many files as certfile (1), not ['b', 'c']",
+        ),
+        (
+            {"tls_handshake_timeout": 0},
+            "tls_handshake_timeout must be at least 0.001s, not 0.0",
+        ),
+    ],
+)
+def test_what_of_tls_does_not_belong_together_is_told(values, text):
+    assert refusal(values) == text
+
+
+def test_a_secret_is_never_shown():
+    option = OPTIONS["keyfile_password"]
+    assert option.show("hunter2") == "(not shown)"
+    assert "hunter2" not in option.literal("hunter2")
+    assert "hunter2" not in refusal({"keyfile_password": "hunter2\0"})
 
 
 # ---- The machine ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ from prefork.config import Config
 from prefork.errors import (
     AppLoadError,
     AppStartupError,
+    CertificateError,
     ClientDisconnected,
     CommandProducerNoneError,
     CommandProducerNotStartedError,
@@ -33,6 +34,7 @@ from prefork.worker import is_child
 __all__ = [
     "AppLoadError",
     "AppStartupError",
+    "CertificateError",
     "ClientDisconnected",
     "CommandProducerNoneError",
     "CommandProducerNotStartedError",

@@ -128,7 +128,7 @@ def _flag(name: str, option: Option) -> click.Option:
         default=None,
         is_flag=switch,
         type=click.BOOL if switch else click.STRING,
-        multiple=option.kind is options.TEXTS,
+        multiple=option.kind.several,
         metavar=None if switch else _metavar(option),
     )
 
@@ -183,7 +183,9 @@ def _print_config(given: Mapping[str, Any], file: configfile.File | None) -> Non
         option = options.OPTIONS[name]
         if not option.keyword_only:
             place = "command line" if origin.place == "given" else origin.place
-            lines.append((f"{name} = {option.literal(getattr(config, name))}", place))
+            value = getattr(config, name)
+            hidden = "# " if option.secret and value is not None else ""
+            lines.append((f"{hidden}{name} = {option.literal(value)}", place))
     width = max(len(line) for line, _ in lines if len(line) < 60)
     for line, place in lines:
         click.echo(f"{line:{width}}  # {place}")

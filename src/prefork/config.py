@@ -41,11 +41,15 @@ class Group(enum.Enum):
     LIMITS = "Limits and timeouts"
     ANSWERS = "Requests and answers"
     PROXIES = "Proxies in front"
+    TLS = "TLS"
     LOG = "Logging"
 
 
 SERVER = frozenset(
-    {Group.LISTENERS, Group.LIMITS, Group.ANSWERS, Group.PROXIES, Group.LOG}
+    {
+        *(Group.LISTENERS, Group.LIMITS, Group.ANSWERS),
+        *(Group.PROXIES, Group.TLS, Group.LOG),
+    }
 )
 PREFORK = frozenset({Group.LISTENERS, Group.WORKERS, Group.LOG})
 EVERYONE = frozenset(Group)
@@ -64,6 +68,7 @@ class Kind:
     wants: str  # completes "workers must be ..."
     convert: Callable[[Any], Any]  # raises ValueError or TypeError
     show: Callable[[Any], str] = str
+    several: bool = False  # a flag that may be repeated
 
 
 def _whole(value: Any) -> int:
@@ -157,6 +162,28 @@ def _peers(value: Any) -> tuple[str, ...]:
     return texts
 
 
+def _files(value: Any) -> tuple[str, ...]:
+    if isinstance(value, os.PathLike):
+        value = [value]
+    return () if value in ("", "none", [], ()) else _texts(value)
+
+
+# The standard library's ssl, and other servers' flags, have numbers.
+_CERT_REQS = {"0": "none", "1": "optional", "2": "required"}
+
+
+def _cert_reqs(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(int(value))
+    text = _text(value).lower()
+    return _CERT_REQS.get(text, text)
+
+
+def _tls_version(value: Any) -> str:
+    text = str(value) if isinstance(value, float) else _text(value)
+    return text.lower().removeprefix("tls").removeprefix("v")
+
+
 def _octal(value: Any) -> int:
     if isinstance(value, str):
         return int(value.strip().removeprefix("0o"), 8)
@@ -188,7 +215,15 @@ MODE = Kind("MODE", "octal permission bits, like 660", _octal, "{:03o}".format)
 TEXT = Kind("TEXT", "printable text", _text)
 ASCII = Kind("TEXT", "printable ASCII text", _ascii)
 PATH = Kind("DIR", "the path of a directory", _text)
-TEXTS = Kind("ADDR", "one address or several", _texts, ",".join)
+FILE = Kind("FILE", "the path of a file", _text)
+TEXTS = Kind("ADDR", "one address or several", _texts, ",".join, several=True)
+FILES = Kind(
+    *("FILE", "the path of a file, or several", _files),
+    show=lambda paths: ",".join(paths) or "none",
+    several=True,
+)
+CERT_REQS = Kind("TEXT", "none, optional or required", _cert_reqs)
+TLS_VERSION = Kind("VERSION", "1.2 or 1.3", _tls_version)
 PEERS = Kind("PEERS", "addresses, networks, unix or *", _peers, ",".join)
 FUNCTION = Kind("", "callable", _callable)
 LOGGER = Kind("", "a logging.Logger or an object with printf(fmt, *args)", _logger)
@@ -212,6 +247,7 @@ class Option:
     none: str = ""  # what None means; empty: None is not allowed
     keyword_only: bool = False  # neither flag nor environment variable
     foreign: str = ""  # a variable that others have for it, too: the default if set
+    secret: bool = False  # never shown
 
     def read(self, name: str, value: Any) -> Any:
         """The checked value, or ConfigError naming option, value and remedy."""
@@ -222,7 +258,8 @@ class Option:
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
         except (TypeError, ValueError, OverflowError):
-            raise wrong(name, self.kind.wants, value) from None
+            shown = HIDDEN if self.secret else value
+            raise wrong(name, self.kind.wants, shown) from None
         if self.choices and result not in self.choices:
             raise wrong(name, f"one of {', '.join(self.choices)}", value)
         if self.minimum is not None and result < self.minimum:
@@ -233,6 +270,8 @@ class Option:
 
     def literal(self, value: Any) -> str:
         """A value as a file has it."""
+        if self.secret and value is not None:
+            return json.dumps(HIDDEN)
         if isinstance(value, bool):
             return str(value).lower()
         if isinstance(value, tuple):
@@ -244,7 +283,12 @@ class Option:
 
     def show(self, value: Any) -> str:
         """A value as the help prints it."""
+        if self.secret and value is not None:
+            return HIDDEN
         return self.none if value is None else self.kind.show(value)
+
+
+HIDDEN = "(not shown)"
 
 
 def wrong(name: str, wants: str, value: Any) -> ConfigError:
@@ -285,6 +329,10 @@ def _answer(default: Any, help: str, kind: Kind, **more: Any) -> Any:
 
 def _proxies(default: Any, help: str, kind: Kind, **more: Any) -> Any:
     return _option(default, help, kind, Group.PROXIES, **more)
+
+
+def _tls(default: Any, help: str, kind: Kind, **more: Any) -> Any:
+    return _option(default, help, kind, Group.TLS, **more)
 
 
 def _callback(group: Group, help: str) -> Any:
@@ -561,6 +609,76 @@ class Config:
         ("127.0.0.1", "::1"), "Peers that begin with a PROXY header.", PEERS
     )
 
+    # How securely. The names of others are taken, too, where the value means the same.
+    certfile: tuple[str, ...] = _tls(
+        (),
+        "Serve TLS with this certificate and its chain (PEM). Repeatable: the first is "
+        "the default, others are chosen by the name that a client asks for (SNI).",
+        FILES,
+        flags=("--certfile", "--ssl-certfile", "--ssl-certificate"),
+    )
+    keyfile: tuple[str, ...] = _tls(
+        (),
+        "Its private key (PEM), if that is not in certfile. Repeatable, in the order "
+        "of the certificates.",
+        FILES,
+        flags=("--keyfile", "--ssl-keyfile"),
+    )
+    keyfile_password: str | None = _tls(
+        None,
+        "Decrypts the keys. Others can see a command line: rather use the variable.",
+        TEXT,
+        none="none",
+        flags=("--keyfile-password", "--ssl-keyfile-password"),
+        secret=True,
+    )
+    ca_certs: str | None = _tls(
+        None,
+        "CAs of clients' certificates (PEM).",
+        FILE,
+        none="none",
+        flags=("--ca-certs", "--ssl-ca-certs", "--ssl-ca"),
+    )
+    cert_reqs: str = _tls(
+        "none",
+        "Whether clients are asked for a certificate, and must have one.",
+        CERT_REQS,
+        choices=("none", "optional", "required"),
+        flags=("--cert-reqs", "--ssl-cert-reqs"),
+    )
+    tls_min: str = _tls(
+        "1.2",
+        "Oldest version of TLS that is spoken.",
+        TLS_VERSION,
+        choices=("1.2", "1.3"),
+        flags=("--tls-min", "--ssl-protocol-min"),
+    )
+    ciphers: str | None = _tls(
+        None,
+        "Ciphers in OpenSSL's words; names of TLS 1.3 (TLS_...) count for that version "
+        "only, all others for TLS 1.2.",
+        ASCII,
+        none="Mozilla's intermediate",
+        flags=("--ciphers", "--ssl-ciphers"),
+    )
+    ocsp_file: tuple[str, ...] = _tls(
+        (),
+        "An OCSP response (DER) to staple. Repeatable, in the order of the "
+        "certificates.",
+        FILES,
+    )
+    tls_handshake_timeout: float = _option(
+        10.0,
+        "For a whole handshake.",
+        DURATION,
+        Group.TLS,
+        minimum=_INSTANT,
+        maximum=_MOST["TIME"],
+    )
+    tls_watch: bool = _tls(
+        False, "Reload when the files of certificates have changed.", BOOLEAN
+    )
+
     # And what is told. These of Prefork are described in prefork.master.
     log_level: str = _option(
         "info",
@@ -612,6 +730,22 @@ class Config:
             if getattr(self, part) > self.max_header_size:
                 most = f"at most max_header_size ({self.max_header_size})"
                 raise wrong(part, most, getattr(self, part))
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        """What of the TLS options belongs together."""
+        count = len(self.certfile)
+        if self.keyfile and len(self.keyfile) != count:
+            wants = f"as many files as certfile ({count})"
+            raise wrong("keyfile", wants, list(self.keyfile))
+        if count and len(self.ocsp_file) > count:
+            wants = f"at most as many files as certfile ({count})"
+            raise wrong("ocsp_file", wants, list(self.ocsp_file))
+        if self.cert_reqs == "none" and self.ca_certs is not None:
+            wants = "optional or required where ca_certs are given"
+            raise wrong("cert_reqs", wants, self.cert_reqs)
+        if self.cert_reqs != "none" and self.ca_certs is None:
+            raise wrong("cert_reqs", "none where no ca_certs are given", self.cert_reqs)
 
     @classmethod
     def load(

@@ -4,10 +4,10 @@
 |---|---|
 | 0 | orderly stop, also after a kill that was asked for |
 | 1 | an error that has no code of its own |
-| 2 | a wrong option or value |
+| 2 | a wrong option or value, a certificate that cannot be used |
 | 3 | a worker failed to boot, or a child found no listener |
 | 4 | the app failed to load |
-| 5 | the operating system refused: address in use, no permission, no such host |
+| 5 | the operating system refused: address in use, no permission, no such file |
 | 6 | workers crashed more often than recover_threshold allows |
 
 3 and 4 are gunicorn's. An address that cannot be bound raises the true OSError
