@@ -74,6 +74,7 @@ MODULES: dict[str, set[str]] = {
     "_core": {"errors"},
     "listeners": {"_core", "config", "errors"},
     "_tls": {"_core", "errors"},
+    "certificates": {"_core", "_tls", "config", "errors", "log"},
     "_dispatch": {"_core", "errors"},
     "_native": {"_core", "_dispatch", "_tls", "errors"},
     "_blocks": {"_core"},
@@ -89,11 +90,11 @@ MODULES: dict[str, set[str]] = {
         *{"_core", "_native", "_asgi", "_websocket", "errors", "log"},
     },
     "server": {
-        *{"native", "wsgi", "asgi", "eventloop", "listeners"},
-        *{"_core", "_native", "config", "errors", "forwarded", "log"},
+        *{"native", "wsgi", "asgi", "eventloop", "listeners", "certificates"},
+        *{"_core", "_native", "_tls", "config", "errors", "forwarded", "log"},
     },
     "worker": {
-        *{"server", "listeners", "native"},
+        *{"server", "listeners", "native", "certificates"},
         *{"_core", "_native", "config", "errors", "log"},
     },
     "slots": {"worker"},
@@ -101,7 +102,7 @@ MODULES: dict[str, set[str]] = {
     "reload": {"errors", "slots", "spawn"},
     "master": {
         *{"reload", "spawn", "slots", "worker", "server", "listeners"},
-        *{"_core", "config", "errors", "log"},
+        *{"_core", "certificates", "config", "errors", "log"},
     },
     "__init__": {
         *{"master", "worker", "server", "native"},
@@ -112,6 +113,7 @@ MODULES: dict[str, set[str]] = {
         "master",
         "worker",
         "server",
+        "certificates",
         "configfile",
         "config",
         "errors",

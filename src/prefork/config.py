@@ -735,7 +735,7 @@ class Config:
     def _check_tls(self) -> None:
         """What of the TLS options belongs together."""
         count = len(self.certfile)
-        if self.keyfile and len(self.keyfile) != count:
+        if count and self.keyfile and len(self.keyfile) != count:
             wants = f"as many files as certfile ({count})"
             raise wrong("keyfile", wants, list(self.keyfile))
         if count and len(self.ocsp_file) > count:
