@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "contract.md"
-LATER = "comes with TLS"
 
 
 class Row(NamedTuple):
@@ -22,12 +21,11 @@ class Row(NamedTuple):
 
     key: str
     cells: tuple[str, ...]
-    later: bool = False
 
 
-def name(go: str, python: str, *more: str, later: bool = False) -> Row:
+def name(go: str, python: str, *more: str) -> Row:
     key = go.strip("`").partition("(")[0].partition(" ")[0]
-    return Row(key, (go, python, *more), later)
+    return Row(key, (go, python, *more))
 
 
 # ---- The rows ------------------------------------------------------------------------
@@ -36,12 +34,8 @@ NAMES = [
     name("`New(s)`", "`Prefork(server, **options)`"),
     name("`Logger`", "`logger=`"),
     name("`ServeFunc(ln)`", "`serve_func=`"),
-    name("`ServeTLSFunc(ln, certFile, keyFile)`", "`serve_tls_func=`", later=True),
-    name(
-        "`ServeTLSEmbedFunc(ln, certData, keyData)`",
-        "`serve_tls_embed_func=`",
-        later=True,
-    ),
+    name("`ServeTLSFunc(ln, certFile, keyFile)`", "`serve_tls_func=`"),
+    name("`ServeTLSEmbedFunc(ln, certData, keyData)`", "`serve_tls_embed_func=`"),
     name("`Network`", "`network=`"),
     name("`RecoverThreshold`", "`recover_threshold=`"),
     name("`RecoverInterval`", "`recover_interval=`"),
@@ -56,12 +50,10 @@ NAMES = [
     name(
         "`ListenAndServeTLS(addr, certKey, certFile)`",
         "`listen_and_serve_tls(addr, *, key_file, cert_file)`",
-        later=True,
     ),
     name(
         "`ListenAndServeTLSEmbed(addr, certData, keyData)`",
         "`listen_and_serve_tls_embed(addr, *, cert_data, key_data)`",
-        later=True,
     ),
     name("`IsChild()`", "`is_child()`"),
     name("`FASTHTTP_PREFORK_CHILD=1`", "`PREFORK_CHILD=1`"),
@@ -93,53 +85,46 @@ KEPT = [
 ]
 
 BETTER = [
-    Row(f"better: {key}", (there, here), later)
-    for key, there, here, later in [
+    Row(f"better: {key}", (there, here))
+    for key, there, here in [
         (
             "signals",
             "SIGTERM to the master orphans the children",
             "TERM, INT drain, a second one kills; QUIT; HUP; TTIN, TTOU",
-            False,
         ),
         (
             "drain",
             "SIGTERM kills a child at once",
             "it finishes, and idle connections have `drain_idle`",
-            False,
         ),
         (
             "slots",
             "the master never binds with reuseport",
             "a socket for each slot: the true error, one port, nothing lost",
-            False,
         ),
-        ("certificates", "TLS files are read in the child", "in the master", True),
-        ("ready", '"ready" means started', '"ready" means every worker accepts', False),
+        ("certificates", "TLS files are read in the child", "in the master"),
+        ("ready", '"ready" means started', '"ready" means every worker accepts'),
         (
             "exits",
             "exits count for life, clean ones too",
             "`recover_window`; planned exits never; boot failures are raised",
-            False,
         ),
         (
             "lifeline",
             "the parent is polled every 500 ms",
             "a pipe: its death is noticed at once",
-            False,
         ),
-        ("two", "two Preforks collide on fd 3", "both work", False),
+        ("two", "two Preforks collide on fd 3", "both work"),
         (
             "fork",
             "all before ListenAndServe runs N+1 times",
             '`spawn="fork"` runs it once, `spawn="exec"` as there',
-            False,
         ),
-        ("nothing", "a nil serve function panics", "TypeError before any spawn", False),
+        ("nothing", "a nil serve function panics", "TypeError before any spawn"),
         (
             "control",
             "no Shutdown, no address",
             "`shutdown()`, `reload()`, `scale()`, `address`, `workers`",
-            False,
         ),
     ]
 ]
@@ -215,8 +200,6 @@ def page() -> str:
         ]
         for row in section:
             shown = [f"`{test}`" for test in tests.get(row.key, [])]
-            if row.later:
-                shown.append(LATER)
             lines.append(cells(*row.cells, "<br>".join(shown)))
         parts.append("\n".join(lines) + "\n")
     return "".join(parts)

@@ -12,6 +12,7 @@ of the server is seen in full.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ class Crowd:
     new: int = 8  # clients that connect for each request
     kept: int = 8  # clients that keep their connection
     paths: tuple[str, ...] = ("/",)
+    tls: ssl.SSLContext | None = None  # whom it trusts; None: plain
     answers: int = 0
     slowest: float = 0.0
     troubles: list[Trouble] = field(default_factory=list)
@@ -52,12 +54,17 @@ class Crowd:
         self.stopping = True
         await asyncio.gather(*self.tasks)
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        name = None if self.tls is None else "localhost"
+        return await asyncio.open_connection(
+            self.host, self.port, ssl=self.tls, server_hostname=name
+        )
+
     async def _client(self, keep: bool, number: int) -> None:
         turn = number
         while not self.stopping:
             try:
-                opened = asyncio.open_connection(self.host, self.port)
-                reader, writer = await asyncio.wait_for(opened, LATE)
+                reader, writer = await asyncio.wait_for(self._connect(), LATE)
             except (ConnectionRefusedError, asyncio.TimeoutError):
                 self._met("refused", False)
                 return
@@ -162,8 +169,7 @@ class Stream(Crowd):
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         start = time.monotonic()
         try:
-            opened = asyncio.open_connection(self.host, self.port)
-            return await asyncio.wait_for(opened, LATE)
+            return await asyncio.wait_for(self._connect(), LATE)
         except ConnectionRefusedError:
             self._met("refused", False)
         except asyncio.TimeoutError:

@@ -17,11 +17,12 @@ import threading
 import time
 from pathlib import Path
 
-from prefork import Prefork, errors, is_child
+from prefork import Prefork, Server, errors, is_child
 
 __all__ = [
     "Drainer",
     "Prefork",
+    "Server",
     "answer",
     "errors",
     "is_child",
@@ -134,8 +135,14 @@ def census() -> dict[str, object]:
     }
 
 
-def run(address="127.0.0.1:0", server=None, **options) -> BaseException | None:
-    """Listen and serve with callbacks that speak; tell the end, and what is left."""
+def run(
+    address="127.0.0.1:0", server=None, call=None, **options
+) -> BaseException | None:
+    """Listen and serve with callbacks that speak; tell the end, and what is left.
+
+    call(master) is what is called instead of listen_and_serve().
+    """
+    call = call or (lambda master: master.listen_and_serve(address))
     master = Prefork(server if server is not None else Drainer())
     callbacks = {
         "on_child_spawn": lambda pid: say("spawn", pid),
@@ -146,11 +153,11 @@ def run(address="127.0.0.1:0", server=None, **options) -> BaseException | None:
         setattr(master, name, value)
     sys.modules["__main__"].master = master
     if is_child():  # this program was run again: it serves, and ends here
-        master.listen_and_serve(address)
+        call(master)
     before = census()
     raised = None
     try:
-        master.listen_and_serve(address)
+        call(master)
     except BaseException as error:
         raised = error
         say("raised", type(error).__name__, str(error).strip().replace("\n", " | "))

@@ -14,7 +14,7 @@ def test_the_page_is_what_the_tests_say():
 @pytest.mark.parametrize("row", contract.rows(), ids=lambda row: row.key)
 def test_each_row_has_a_test(row):
     shown = {key for key, _ in contract.marks()}
-    assert row.key in shown or row.later
+    assert row.key in shown
 
 
 def test_each_mark_names_a_row():
@@ -25,11 +25,3 @@ def test_each_mark_names_a_row():
 def test_rows_are_unique():
     keys = [row.key for row in contract.rows()]
     assert len(set(keys)) == len(keys)
-
-
-def test_only_tls_is_for_later():
-    later = {row.key for row in contract.rows() if row.later}
-    assert later == {
-        *("ServeTLSFunc", "ServeTLSEmbedFunc"),
-        *("ListenAndServeTLS", "ListenAndServeTLSEmbed", "better: certificates"),
-    }

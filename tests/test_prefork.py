@@ -226,14 +226,6 @@ def test_serve_func_takes_one_listener():
         Prefork(serve_func=print).listen_and_serve(["127.0.0.1:0", "127.0.0.1:0"])
 
 
-def test_tls_says_that_it_is_not_there_yet():
-    master = Prefork(serve_func=print, serve_tls_func=print)
-    with pytest.raises(ConfigError, match="is not available in this version"):
-        master.listen_and_serve_tls("127.0.0.1:0", key_file="k", cert_file="c")
-    with pytest.raises(ConfigError, match="is not available in this version"):
-        master.listen_and_serve_tls_embed("127.0.0.1:0", cert_data=b"", key_data=b"")
-
-
 def test_it_must_run_in_the_main_thread(start):
     program = start("""
         def elsewhere():

@@ -24,6 +24,7 @@ import click
 
 from prefork import config as options
 from prefork import configfile, log, worker
+from prefork.certificates import Certificates
 from prefork.config import PREFORK, SERVER, Config, Option
 from prefork.errors import (
     EXIT_OS_ERROR,
@@ -194,6 +195,10 @@ def _print_config(given: Mapping[str, Any], file: configfile.File | None) -> Non
 def _check_config(given: Mapping[str, Any], file: configfile.File | None) -> None:
     config = _configured(given, file)
     _server(config)
+    certificates = Certificates.of(config)
+    if certificates is not None:
+        certificates.load()
+        certificates.warn(log.error_logger(config.logger, config.log_level))
     what = f"{config.app} is" if file is None else f"{config.app} and {file.path} are"
     click.echo(f"prefork: {what} in order")
 
@@ -273,12 +278,14 @@ class Deferred:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.seat: tuple[Any, ...] = ()
+        self.tls: Any = None
 
     def take_seat(self, *seat: Any) -> None:
         self.seat = seat
 
     def serve(self, sockets: list[socket.socket], **more: Any) -> None:
         server = _server(self.config)
+        server.tls = self.tls
         if self.seat:
             server.take_seat(*self.seat)
         server.serve(sockets, **more)

@@ -4,7 +4,7 @@
 |---|---|
 | 0 | orderly stop, also after a kill that was asked for |
 | 1 | an error that has no code of its own |
-| 2 | a wrong option or value, a certificate that cannot be used |
+| 2 | a wrong option or value, a certificate that cannot be served with |
 | 3 | a worker failed to boot, or a child found no listener |
 | 4 | the app failed to load |
 | 5 | the operating system refused: address in use, no permission, no such file |

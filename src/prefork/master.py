@@ -28,12 +28,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from prefork import _core, listeners, log, spawn, worker
+from prefork.certificates import Certificates, Data, Files, Watch
 from prefork.config import OPTIONS, PREFORK, Config, names, usable_cpus
 from prefork.errors import (
+    CertificateError,
     ConfigError,
     OnlyReuseportOnWindowsError,
     OverRecoveryError,
@@ -62,6 +64,8 @@ ROWS = 4 * 4096  # of the scoreboard: sparse, those never claimed take no memory
 RETRY = 1.0  # seconds after which a worker that could not be started is tried again
 WAKE = b"\0"  # written to the wake pipe by other threads; signals write their number
 STRANGERS_WAIT = 1.0  # seconds in which whoever started a child may reap it
+TICKET_KEY_LIFE = 8 * 3600.0  # seconds in which new TLS session tickets have one key
+SETTLE = 0.5  # seconds between the first change of a certificate's files and a look
 
 
 class Prefork:
@@ -175,49 +179,140 @@ class Prefork:
         cannot be bound; nothing was started), WorkerBootError (a worker failed before
         it accepted), OverRecoveryError, and what a callback raised.
         """
+        self._run(address, None)
+
+    def listen_and_serve_tls(
+        self, address: str | Iterable[str], *, key_file: str, cert_file: str
+    ) -> None:
+        """The same with TLS: a certificate with its chain, and its key, in PEM files.
+
+        The server is `prefork.Server`, whose TLS options count too, or serve_tls_func.
+        The files are read and checked before anything is bound or started.
+
+        Raises what listen_and_serve() does, OSError for a file that cannot be read,
+        and CertificateError for what cannot be served with.
+        """
+        self._run(address, Files.named(cert_file, key_file))
+
+    def listen_and_serve_tls_embed(
+        self, address: str | Iterable[str], *, cert_data: bytes, key_data: bytes
+    ) -> None:
+        """The same with a certificate and a key in memory, as PEM.
+
+        The server is `prefork.Server` or serve_tls_embed_func.
+        """
+        self._run(address, Data.named(cert_data, key_data))
+
+    def _run(
+        self, address: str | Iterable[str] | None, place: Files | Data | None
+    ) -> None:
+        """Be the master, or the worker that this call is the place of."""
         self._runs += 1
         config = self._validated()
         addresses = config.bind if address is None else _listed(address)
+        serve_func = self._serve_func(config, place)
         inheritance = worker.inheritance()
         if inheritance is not None:
             if inheritance.run in ("", self._run_name):
-                self._serve_as_child(inheritance, config, addresses)
+                secured = self._secured(serve_func, place)
+                with _told_in_one_line(secured) as certificates:
+                    work = self._work(config, serve_func, certificates)
+                    if inheritance.role == "template":
+                        _tell_of(certificates, work.logger)
+                    self._serve_as_child(inheritance, config, work, addresses)
             return  # the master of another one has started this program
         self._check_caller()
-        if self.serve_func is not None and len(addresses) != 1:
+        if serve_func is not None and len(addresses) != 1:
             raise ConfigError("serve_func takes one listener: give one address")
-        self._master = Master(self._work(config), config, self._run_name)
+        with self._secured(serve_func, place) as certificates:
+            work = self._work(config, serve_func, certificates)
+            _tell_of(certificates, work.logger)
+            self._master = Master(work, config, self._run_name)
+            try:
+                self._master.run(addresses)
+            finally:
+                self._master = None
+
+    def _serve_func(
+        self, config: Config, place: Files | Data | None
+    ) -> Callable[[Any], object] | None:
+        """The stranger's server that is to be called in workers; None: ours is."""
+        if place is None:
+            if config.serve_func is None and not callable(
+                getattr(self.server, "serve", None)
+            ):
+                raise TypeError("Prefork needs a server with a serve(), or serve_func")
+            return config.serve_func
+        embedded = isinstance(place, Data)
+        name = "serve_tls_embed_func" if embedded else "serve_tls_func"
+        function = getattr(config, name)
+        if function is None and _tls_config(self.server) is None:
+            raise TypeError(f"Prefork needs a prefork.Server, or {name}")
+        if function is None:
+            return None
+        return lambda sock: function(sock, place.cert, place.key)
+
+    @contextlib.contextmanager
+    def _secured(
+        self,
+        serve_func: Callable[[Any], object] | None,
+        place: Files | Data | None,
+    ) -> Iterator[Certificates | None]:
+        """Load the certificates: what the server has then, forked workers share."""
+        if serve_func is not None:
+            certificates = None if place is None else Certificates(Config(), [place])
+            if certificates is not None:
+                certificates.check()
+            yield certificates
+            return
+        config = _tls_config(self.server)
+        certificates = Certificates.chosen(config, place) if config else None
+        if certificates is None:
+            yield None
+            return
+        server: Any = self.server
+        server.tls = certificates.load()
         try:
-            self._master.run(addresses)
+            yield certificates
         finally:
-            self._master = None
+            server.tls = None
 
     @property
     def _run_name(self) -> str:
         """The same in a program that is run again: which Prefork, which of its runs."""
         return f"{self._number}.{self._runs}"
 
-    def _work(self, config: Config) -> worker.Work:
+    def _work(
+        self,
+        config: Config,
+        serve_func: Callable[[Any], object] | None,
+        certificates: Certificates | None,
+    ) -> worker.Work:
         return worker.Work(
             server=self.server,
-            serve_func=config.serve_func,
+            serve_func=serve_func,
             on_master_death=config.on_master_death,
             logger=log.error_logger(config.logger, config.log_level),
             grace=config.shutdown_grace_period,
+            certificates=certificates,
         )
 
     def _serve_as_child(
-        self, found: worker.Inheritance, config: Config, addresses: Sequence[str]
+        self,
+        found: worker.Inheritance,
+        config: Config,
+        work: worker.Work,
+        addresses: Sequence[str],
     ) -> NoReturn:
         """Serve here what the master listens on; ends the program."""
         with contextlib.ExitStack() as stack:
             sockets = worker.inherited_sockets(found)
             if not sockets and found.role == "worker":
                 sockets = self._own_sockets(found, config, addresses, stack)
-            if config.serve_func is not None:
+            if work.serve_func is not None:
                 for sock in sockets:
                     sock.setblocking(True)
-            work, options = self._work(config), json.dumps(_plain(config))
+            options = json.dumps(_plain(config))
             self._board = found.open_board()
             status = worker.serve_inherited(found, work, sockets, self._board, options)
         raise SystemExit(status)
@@ -234,18 +329,6 @@ class Prefork:
         config = dataclasses.replace(config, reuseport=True)
         made = listeners.listen_all(texts, config, 1, stack.callback)
         return [listener.socket_of(0) for listener in made]
-
-    def listen_and_serve_tls(
-        self, address: str, *, key_file: str, cert_file: str
-    ) -> None:
-        """Has its place here; TLS is not available in this version."""
-        raise _unavailable("listen_and_serve_tls")
-
-    def listen_and_serve_tls_embed(
-        self, address: str, *, cert_data: bytes, key_data: bytes
-    ) -> None:
-        """Has its place here; TLS is not available in this version."""
-        raise _unavailable("listen_and_serve_tls_embed")
 
     def reload(self) -> None:
         """Replace all workers, with the program's present code, one after the other.
@@ -277,10 +360,6 @@ class Prefork:
         config = Config(**values)
         if sys.platform == "win32" and not config.reuseport:
             raise OnlyReuseportOnWindowsError("reuseport must be True on Windows")
-        if self.serve_func is None and not callable(
-            getattr(self.server, "serve", None)
-        ):
-            raise TypeError("Prefork needs a server with a serve(), or serve_func")
         if config.spawn == "exec" and config.command_producer is None:
             spawn.check_program()
         return config
@@ -303,8 +382,31 @@ def _listed(address: str | Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def _unavailable(what: str) -> ConfigError:
-    return ConfigError(f"{what} is not available in this version")
+def _tls_config(server: Any) -> Config | None:
+    """The options of a server that takes certificates: ours does."""
+    config = getattr(server, "config", None)
+    return config if isinstance(config, Config) and hasattr(server, "tls") else None
+
+
+def _tell_of(certificates: Certificates | None, logger: log.Logger) -> None:
+    """Log what is served with, and what is wrong with its dates."""
+    if certificates is not None:
+        for line in certificates.describe():
+            logger.info(line)
+        certificates.warn(logger)
+
+
+@contextlib.contextmanager
+def _told_in_one_line(
+    secured: contextlib.AbstractContextManager[Certificates | None],
+) -> Iterator[Certificates | None]:
+    """In a child, whose errors its master tells: not with a traceback."""
+    with contextlib.ExitStack() as stack:
+        try:
+            certificates = stack.enter_context(secured)
+        except OSError as error:
+            raise CertificateError(f"{error.filename}: {error.strerror}") from None
+        yield certificates
 
 
 def _spawn_error(error: OSError) -> SpawnError:
@@ -351,6 +453,9 @@ class Master:
         self.deadline: float | None = None  # of a stop
         self.reap_at: float | None = None  # when strangers are reaped
         self.reload: Reload | None = None
+        self.rotate_at: float | None = None  # when new tickets get another key
+        self.watch: Watch | None = None  # over the certificates' files
+        self.look_at: float | None = None  # when that is to be asked for changes
         self.stop_asked = self.reload_asked = False
         self.scale_asked: int | None = None
         self._wake_lock = threading.RLock()
@@ -398,11 +503,23 @@ class Master:
         self.processes = _core.Processes(numbers)
         stack.callback(self.processes.close)
         self.processes.watch(self.wake)
+        self._open_tls(stack)
         self.source = self.first_source = self._first_source()
         self.was_reaper = _core.is_reaper()
         stack.callback(self._close_sources)
         if isinstance(self.source, Forks):
             stack.enter_context(_frozen_heap())
+
+    def _open_tls(self, stack: contextlib.ExitStack) -> None:
+        """What our own server's TLS has the master do."""
+        certificates = self.work.certificates
+        if certificates is None or self.work.serve_func is not None:
+            return
+        self._rotate_tickets()
+        if certificates.config.tls_watch:
+            self.watch = Watch(certificates.paths)
+            stack.callback(self.watch.close)
+            self.processes.watch(self.watch.fileno())
 
     def _pipe(self, stack: contextlib.ExitStack, flags: int) -> tuple[int, int]:
         ends = os.pipe2(flags)
@@ -450,19 +567,28 @@ class Master:
         if self.reap_at is not None and self.reap_at <= now:
             self.reap_at = None
             self.processes.reap_strangers()
-        for slot in list(self.slots):
-            if self.state in RUNNING and slot.due is not None and slot.due <= now:
-                self._recover(slot)
+        if self.state in RUNNING:
+            self._do_what_is_due(now)
         if self.state is State.STARTING and self._all_ready():
             self._announce()
         if self.state is State.SERVING:
             self._do_as_asked()
+
+    def _do_what_is_due(self, now: float) -> None:
+        if self.rotate_at is not None and self.rotate_at <= now:
+            self._rotate_tickets()
+        if self.look_at is not None and self.look_at <= now:
+            self._look_at_certificates()
+        for slot in list(self.slots):
+            if self.state in RUNNING and slot.due is not None and slot.due <= now:
+                self._recover(slot)
 
     def _timeout(self) -> float | None:
         dues = [life.kill_at for life in self.lives.values()]
         dues.append(self.reap_at)
         if self.state in RUNNING:
             dues += [slot.due for slot in self.slots]
+            dues += [self.rotate_at, self.look_at]
         elif self.state is State.STOPPING:
             dues.append(self.deadline)
         known = [due for due in dues if due is not None]
@@ -501,7 +627,7 @@ class Master:
 
     def _open_slot(self, index: int, sockets: Sequence[Any]) -> Slot:
         """The one place where a worker's resources by virtue of its place are made."""
-        if self.config.serve_func is not None:
+        if self.work.serve_func is not None:
             for sock in sockets:
                 sock.setblocking(True)  # as strangers expect it
         return Slot(index, sockets)
@@ -653,8 +779,11 @@ class Master:
         others = [sock for sock in socks if sock not in seat.sockets]
         fds = [self.lifeline_end, self.wake, self.wake_end, *self.reports]
         templates = [life.source for life in self.lives.values() if life.slot is None]
+        watches = [self.watch] if self.watch is not None else []
 
         def release() -> None:
+            for watch in watches:
+                watch.close()
             for sock in others:
                 sock.close()
             for fd in fds:
@@ -702,6 +831,9 @@ class Master:
     def _on_readable(self, fd: int, _: int) -> None:
         if fd == self.wake:
             self._on_wake()
+            return
+        if self.watch is not None and fd == self.watch.fileno():
+            self._on_change(self.watch)
             return
         life = self.reports.get(fd)
         if life is None:
@@ -909,6 +1041,39 @@ class Master:
         if self.reload is not None and self.reload.over:
             self.reload = None
             self._close_templates()
+
+    # ---- TLS ----
+
+    def _rotate_tickets(self) -> None:
+        """A new key for session tickets; those of the last day still open theirs."""
+        self.board.rotate_tickets()
+        self.rotate_at = time.monotonic() + TICKET_KEY_LIFE
+
+    def _on_change(self, watch: Watch) -> None:
+        """Something has happened where the certificates are; more may follow."""
+        watch.read()
+        if self.look_at is None:
+            self.look_at = time.monotonic() + SETTLE
+
+    def _look_at_certificates(self) -> None:
+        """Reload, if the files hold something else that can be served with."""
+        self.look_at = None
+        certificates = self.work.certificates
+        assert self.watch is not None and certificates is not None
+        if not self.watch.differs():
+            return
+        try:
+            certificates.load()
+        except OSError as error:
+            self._keep_certificates(f"{error.filename}: {error.strerror}")
+        except CertificateError as error:
+            self._keep_certificates(str(error))
+        else:
+            self.logger.info("the certificates' files have changed")
+            self.reload_asked = True
+
+    def _keep_certificates(self, reason: str) -> None:
+        self.logger.error("new certificates fail, the old ones stay: %s", reason)
 
     # ---- Scaling ----
 

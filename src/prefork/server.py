@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from prefork import _core, asgi, eventloop, listeners, log
+from prefork import _core, _tls, asgi, eventloop, listeners, log
+from prefork.certificates import Certificates
 from prefork.config import SERVER, Config
 from prefork.errors import ConfigError
 from prefork.forwarded import Trust
@@ -87,6 +88,7 @@ def loop_options(config: Config, interface: str = "native") -> dict[str, Any]:
         "max_connections": config.concurrency,
         "max_connections_per_ip": config.max_conns_per_ip,
         "max_requests": config.max_requests_per_conn,
+        "tls_handshake_timeout_ms": _ms(config.tls_handshake_timeout),
         "header_timeout_ms": _ms(config.header_timeout),
         "read_timeout_ms": _ms(config.read_timeout),
         "write_timeout_ms": _ms(config.write_timeout),
@@ -161,6 +163,7 @@ class Server:
             )
         eventloop.check(self.config.loop)
         self.address: Any = None
+        self.tls: _tls.Tls | None = None
         self._desk: Desk | None = None
         self._own: list[listeners.Listener] = []
         self._on_drain: Callable[[], object] | None = None
@@ -184,13 +187,17 @@ class Server:
         """Listen on these addresses (default: bind=) and serve in this process.
 
         on_ready(server) is called once it accepts; `server.address` is then what the
-        first socket is bound to. Raises ConfigError or OSError before it serves.
+        first socket is bound to. Raises ConfigError or OSError before it serves, also
+        if a certificate cannot be read or used.
         """
         if addr is None:
             addr = self.config.bind
         texts = [addr] if isinstance(addr, str) else list(addr)
         ready = (lambda: on_ready(self)) if on_ready is not None else None
         with ExitStack() as stack:
+            if self.tls is None:
+                self.tls = self._load_certificates()
+                stack.callback(setattr, self, "tls", None)
             made = listeners.listen_all(texts, self.config, 1, stack.callback)
             sockets = [listener.socket_of(0) for listener in made]
             self._serve(sockets, ready, None, None, made)
@@ -239,10 +246,13 @@ class Server:
         on_master_death: Callable[[], object] | None,
         own: list[listeners.Listener],
     ) -> None:
+        tls = self._load_certificates() if self.tls is None else self.tls
         core = _core.Loop(**loop_options(self.config, self.interface))
         core.trust = trust_of(self.config)
         if self._seat is not None:
             core.attach(*self._seat)
+        if tls is not None:
+            self._secure(core, tls)
         desk = self._open_desk(core)
         self._own, self._draining, self._once = own, False, lifeline is not None
 
@@ -266,6 +276,20 @@ class Server:
             core.flush()  # answers that are queued when a handler ends the server
             core.shut()
             desk.close()
+
+    def _load_certificates(self) -> _tls.Tls | None:
+        certificates = Certificates.of(self.config)
+        if certificates is None:
+            return None
+        tls = certificates.load()
+        certificates.warn(log.error_logger(self.config.logger, self.config.log_level))
+        return tls
+
+    def _secure(self, core: _core.Loop, tls: _tls.Tls) -> None:
+        """Speak TLS; sessions are resumed by every worker on the same scoreboard."""
+        if self._seat is not None:
+            tls.share_tickets(self._seat[0])
+        tls.secure(core)
 
     def _open_desk(self, core: _core.Loop) -> Desk:
         config = self.config

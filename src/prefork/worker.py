@@ -36,9 +36,11 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from prefork import _core, log
+from prefork.certificates import Certificates
 from prefork.errors import (
     AppLoadError,
     AppStartupError,
+    CertificateError,
     ConfigError,
     InheritanceError,
     WorkerBootError,
@@ -94,6 +96,7 @@ class Work:
     on_master_death: Callable[[], None] | None
     logger: log.Logger
     grace: float | None = None  # seconds from being asked to leave to being killed
+    certificates: Certificates | None = None  # that were loaded, or checked; None: none
 
 
 @dataclass
@@ -582,7 +585,12 @@ def _import(name: str, directory: str) -> Any:
 def told(
     error: BaseException,
 ) -> tuple[type[BaseException], BaseException, TracebackType | None]:
-    """What a traceback is to show: of an app's own fault, only the app's part."""
+    """What a traceback is to show: of an app's own fault, only the app's part.
+
+    Of a certificate's fault, no more than the line that names it.
+    """
+    if isinstance(error, CertificateError):
+        return type(error), error, None
     if isinstance(error, AppStartupError):
         cause = error.__cause__
         return (type(error), error, None) if cause is None else told(cause)
