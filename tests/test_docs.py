@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from authority import Authority, tell
 from programs import SOON, Program, ask
 
 from prefork import Prefork, cli, errors
@@ -19,6 +20,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "prefork.md").read_text()
 PAGES = PAGE + (DOCS / "wsgi.md").read_text() + (DOCS / "asgi.md").read_text()
 PROGRAMS = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGES, re.DOTALL)
+SECURE = (DOCS / "tls.md").read_text()
+SECURED = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", SECURE, re.DOTALL)
 CLOSE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
@@ -47,8 +50,34 @@ def test_each_program_of_the_page_runs(tmp_path, name, source):
         assert "Traceback" not in program.stderr
 
 
+@pytest.mark.parametrize(("name", "source"), SECURED, ids=[n for n, _ in SECURED])
+def test_each_program_of_the_page_of_tls_runs(tmp_path, name, source):
+    authority = Authority(tmp_path)  # with a ca.pem
+    for file, key in (("cert", "key.pem"), ("other", "other.key")):
+        issued = authority.issue(file=file)
+        issued.key.rename(tmp_path / key)
+    (tmp_path / f"{name}.py").write_text(source.replace('":8443"', '"127.0.0.1:0"'))
+    with Program([f"{name}.py"], cwd=tmp_path) as program:
+        address = re.search(r"127\.0\.0\.1:\d+", program.until_logged("serving on"))[0]
+        answer = tell(address, authority.trusting(), message=CLOSE)
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        until_asleep(program)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0, program.stderr
+        assert "Traceback" not in program.stderr
+
+
 def test_there_are_programs():
     assert len(PROGRAMS) == PAGES.count("```python")
+    assert len(SECURED) == SECURE.count("```python")
+
+
+def test_the_flags_on_the_page_of_tls_are_known():
+    page = SECURE.partition("| here | gunicorn")
+    known = {flag for param in cli.command().params for flag in param.opts}
+    ours = re.findall(r"^\| `(--[a-z-]+)`", page[2], re.M)
+    told = re.findall(r"(?:prefork main:app|`)[^`\n]*?(--[a-z-]+)", page[0])
+    assert ours and told and set(ours + told) <= known
 
 
 def test_the_file_of_the_page_is_valid(tmp_path):
