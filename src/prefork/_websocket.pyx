@@ -233,7 +233,10 @@ cdef class WebSocket(_asgi.Exchange):
         PyDict_SetItem(scope, TYPE, "websocket")
         PyDict_SetItem(scope, SCHEME, SCHEMES[scope[SCHEME]])
         scope["subprotocols"] = self.subprotocols(scope["headers"])
+        tls = scope["extensions"].get("tls")
         scope["extensions"] = {"websocket.http.response": {}}
+        if tls is not None:
+            scope["extensions"]["tls"] = tls
         return scope
 
     cdef list subprotocols(self, headers):
