@@ -214,9 +214,12 @@ cdef str text_or_none(const char *text, Py_ssize_t size):
 
 
 cdef object info_of(Request request):
-    """Info, or None of a connection in clear."""
+    """Info, or None of a connection in clear.
+
+    The loop may be at work meanwhile: none of it changes behind the handshake.
+    """
     cdef pf_tls_info found
-    if not pf_request_tls(request.lent(), &found):
+    if not pf_request_tls(request.known(), &found):
         return None
     info = Info()
     info.version = text_of(found.version_name)
