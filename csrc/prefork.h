@@ -320,7 +320,8 @@ typedef struct pf_tls_options {
     const char *ciphersuites; /* of TLS 1.3; NULL: OpenSSL's */
     const char *ca;          /* who may vouch for clients: certificates in PEM */
     size_t ca_len;
-    bool kernel;             /* let the kernel encrypt (kTLS), where it can */
+    bool kernel;             /* let the kernel encrypt (kTLS), where it can; SIGPIPE is
+                                to be ignored then, as Python does */
 } pf_tls_options;
 
 typedef struct pf_tls_key {

@@ -208,6 +208,14 @@ pf__session_refusal(const pf__session *s)
 }
 
 /* ---- what OpenSSL says --------------------------------------------------------------*/
+/* OpenSSL wants to read, and did not say whether it has tried. */
+static bool
+has_nothing(int fd)
+{
+    char byte;
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+}
+
 /* 0: the end; -EAGAIN; -errno; or code, if the peer broke the protocol. */
 static int
 outcome(pf__session *s, int rc, int code)
@@ -215,7 +223,8 @@ outcome(pf__session *s, int rc, int code)
     int error = SSL_get_error(s->ssl, rc);
     s->wants_room = error == SSL_ERROR_WANT_WRITE;
     s->waits = error == SSL_ERROR_WANT_READ || s->wants_room;
-    s->dry |= s->blind;
+    if (s->waits && s->blind)
+        s->dry = has_nothing(s->fd);
     if (s->waits)
         return -EAGAIN;
     if (error == SSL_ERROR_ZERO_RETURN)

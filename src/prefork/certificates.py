@@ -199,6 +199,7 @@ class Certificates:
                 ciphersuites=newer,
                 verify=VERIFY[config.cert_reqs],
                 ca=ca,
+                kernel=config.tls_ktls,
             )
         except CertificateError as error:
             raise CertificateError(f"{self._at_fault()}: {error}") from None

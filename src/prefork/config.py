@@ -675,6 +675,9 @@ class Config:
         minimum=_INSTANT,
         maximum=_MOST["TIME"],
     )
+    tls_ktls: bool = _tls(
+        False, "Let the kernel encrypt, where it and OpenSSL can (kTLS).", BOOLEAN
+    )
     tls_watch: bool = _tls(
         False, "Reload when the files of certificates have changed.", BOOLEAN
     )

@@ -12,6 +12,7 @@
 #include <openssl/pem.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
+#include <signal.h>
 #include <stdio.h>
 
 typedef struct pem {
@@ -329,10 +330,13 @@ open_secure(pf_tls *tls)
     pf_tls_close(tls); /* the loop has its part */
 }
 
+static bool in_kernel; /* ask for that; without the module, OpenSSL's BIO is tried */
+
 static void
 open_plainly_secure(void)
 {
     pf_tls_options o = plain_options();
+    o.kernel = in_kernel;
     open_secure(opened_tls(&o));
 }
 
@@ -843,6 +847,18 @@ main(void)
     no_byte_of_a_large_answer_is_lost();
     pipelined_requests_may_share_a_record();
     a_client_may_have_to_show_a_certificate();
+    signal(SIGPIPE, SIG_IGN);
+    in_kernel = true;
+    requests_are_answered_in_both_versions_and_byte_by_byte();
+    a_handshake_may_end_anywhere();
+    a_close_is_told_from_a_cut();
+    who_has_closed_its_side_is_still_answered();
+    a_malformed_record_ends_it();
+    half_a_record_is_waited_for_asleep();
+    a_new_key_may_be_asked_for();
+    no_byte_of_a_large_answer_is_lost();
+    pipelined_requests_may_share_a_record();
+    in_kernel = false;
     sessions_are_resumed_in_both_versions();
 
     free_certificate(&authority);
