@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import os
 import queue
+import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -1277,6 +1280,164 @@ def test_context_variables_are_a_requests_own(asgi):
     client = asgi(plain, interface="asgi").client()
     assert client.ask().body == b"set /"
     assert variable.get() == "unset"
+
+
+class Batch:
+    """Requests that have all come when the loop turns."""
+
+    def __init__(self, asgi: Callable[..., Live]) -> None:
+        self.asgi = asgi
+        self.held: Queue[None] = Queue()
+        self.release: Queue[None] = Queue()
+
+    def ask(self, app: Any, count: int = 6) -> list[bytes]:
+        """The answers to /0, /1, ..."""
+        self.app = app
+        self.live = self.asgi(self)
+        clients = [self.live.client() for _ in range(count)]
+        for client in clients:
+            client.ask(get("/connected"))
+        holder = self.live.client()
+        holder.send(get("/held"))
+        self.held.get(timeout=SOON)
+        for n, client in enumerate(clients):
+            client.send(get(f"/{n}"))
+        self.release.put(None)
+        return [client.answer().body for client in clients]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/held":
+            self.held.put(None)
+            self.release.get(timeout=SOON)  # the loop stands still
+        if scope["path"] in ("/held", "/connected"):
+            await answer(send)
+        else:
+            await self.app(scope, receive, send)
+
+
+@pytest.fixture
+def batch(asgi: Callable[..., Live]) -> Batch:
+    return Batch(asgi)
+
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("v", default="unset")
+KEPT: list[Any] = []
+CALLED: list[Any] = []
+STATES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def cancel(task: Any) -> None:
+    task.cancel()
+    task.uncancel()
+
+
+TRACES = {  # what an app can do to its task without waiting
+    "nothing": lambda task: None,
+    "a callback": lambda task: task.add_done_callback(CALLED.append),
+    "a name": lambda task: task.set_name("an app's"),
+    "a name that was asked for": lambda task: task.get_name(),
+    "a variable": lambda task: VARIABLE.set("set"),
+    "a variable that is reset": lambda task: VARIABLE.reset(VARIABLE.set("set")),
+    "a cancellation": cancel,
+    "a reference": KEPT.append,
+    "a weak reference": lambda task: STATES.setdefault(task, "used"),
+    "a reference to the coroutine": lambda task: KEPT.append(task.get_coro()),
+}
+if sys.version_info >= (3, 12):
+    TRACES["a reference to the context"] = lambda task: KEPT.append(task.get_context())
+    TRACES["a weak reference to the context"] = lambda task: KEPT.append(
+        weakref.ref(task.get_context())
+    )
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_no_app_sees_traces_of_another_in_its_task(batch, trace):
+    KEPT.clear()
+    CALLED.clear()
+    numbers = []
+
+    async def app(scope, receive, send):
+        task = asyncio.current_task()
+        assert task is not None and task in asyncio.all_tasks() and not task.done()
+        assert task.cancelling() == 0 if sys.version_info >= (3, 11) else True
+        assert VARIABLE.get() == "unset"
+        assert task not in STATES
+        known = [task, task.get_coro()]
+        if sys.version_info >= (3, 12):
+            known.append(task.get_context())
+        for kept in KEPT:
+            kept = kept() if isinstance(kept, weakref.ref) else kept
+            assert all(kept is not one for one in known)
+        TRACES[trace](task)
+        if "name" in trace:
+            numbers.append(task.get_name())
+        await answer(send, b"untouched")
+
+    assert batch.ask(app) == [b"untouched"] * 6
+    batch.live.stop()
+    if trace == "a callback":
+        assert len(CALLED) == len({id(task) for task in CALLED}) == 6
+        assert all(task.done() for task in CALLED)
+    if trace == "a name that was asked for":
+        assert len(set(numbers)) == 6
+    for kept in KEPT:
+        if isinstance(kept, asyncio.Task):
+            assert kept.done() and kept.exception() is None
+
+
+def test_apps_of_a_batch_end_each_in_its_own_way(batch):
+    async def app(scope, receive, send):
+        number = int(scope["path"][1:])
+        if number == 1:
+            raise ValueError
+        if number == 2:
+            await asyncio.sleep(0)
+        if number == 3:
+            asyncio.current_task().cancel()
+        if number == 4:
+            return
+        await answer(send, scope["raw_path"])
+
+    failed = b"Internal Server Error"
+    found = batch.ask(app)
+    assert [found[0], found[2], found[3], found[5]] == [b"/0", b"/2", b"/3", b"/5"]
+    assert failed in found[1] and failed in found[4]
+    log = logged(batch.live)
+    assert log.count("GET /1> failed") == log.count("without an answer") == 1
+    assert "the app's task was cancelled" in log
+
+
+def test_a_task_tells_of_the_app_that_it_runs(batch):
+    async def app(scope, receive, send):
+        before = told(asyncio.current_task())
+        await asyncio.sleep(0)
+        assert told(asyncio.current_task()) == before
+        await answer(send, before)
+
+    def told(task: Any) -> bytes:
+        coroutine = task.get_coro()
+        state = inspect.getcoroutinestate(coroutine)
+        frame = task.get_stack()[-1]
+        assert coroutine.__name__ in repr(task)
+        return f"{coroutine.__name__} {state} {frame.f_code.co_name}".encode()
+
+    assert set(batch.ask(app)) == {b"__call__ CORO_RUNNING __call__"}
+
+
+def test_methods_that_an_app_has_kept_stay_its_own(batch):
+    kept: list[Any] = []
+
+    async def app(scope, receive, send):
+        kept.append((receive, send, scope))
+        await answer(send)
+
+    batch.ask(app)
+    assert len({id(one) for three in kept for one in three}) == 18
+    assert all(asyncio.run(ended(receive)) for receive, _, _ in kept)
+
+
+async def ended(receive: Any) -> bool:
+    return (await receive())["type"] == "http.disconnect"
 
 
 def test_apps_wait_side_by_side(asgi):

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t
 
 from prefork cimport _dispatch
 from prefork._blocks cimport Blocks
-from prefork._core cimport Request, pf_head, pf_peer
+from prefork._core cimport Request, pf_event, pf_head, pf_peer
 
 
 cdef class Done:
@@ -15,6 +15,8 @@ cdef Done done(object result)
 cdef int wake(list waiters) except -1
 cdef list joined(list waiters, waiter)
 cdef bytes bytes_of(object data)
+cdef object value_of(message, str key, object default)
+cdef bint is_text(object text, str known) except -1
 
 cdef enum:  # what the app has sent
     WAITING    # nothing
@@ -36,9 +38,14 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef pf_peer local     # the end that `server` names
     cdef object server
     cdef object unix_server
+    cdef bint no_server    # it is not known yet
+    cdef Exchange exchange  # the one that was made last
+    cdef object receive    # its methods, as apps get them
+    cdef object send
     cdef object make_task
     cdef dict how          # its keywords
     cdef bint eager        # a task has begun when it is made
+    cdef bint shares       # one may run apps of several requests
     cdef bint starting     # a task is being started: the loop turns soon anyway
 
     cdef int set_ends(self, dict scope, Request request) except -1
@@ -48,7 +55,28 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef bint is_under_root(self, str path)
     cdef list header_list(self, const pf_head *head, const char *data)
     cdef dict scope(self, Request request)
-    cdef int start(self, Exchange exchange, Request request) except -1
+    cdef Exchange next_exchange(self, Request request)
+    cdef int start(self, Shift shift) except -1
+    cdef pf_event *next_request(self) noexcept
+
+
+cdef class Shift:
+    cdef Dispatcher dispatcher  # None: the task is its last app's
+    cdef Exchange exchange  # whose app runs, or ran last
+    cdef object coroutine   # the app's
+    cdef int64_t since
+    cdef object task        # and its context
+    cdef object context
+    cdef list held          # to what both refer
+    cdef Py_ssize_t refs    # how many refer to them
+
+    cdef int call(self) except -1
+    cdef int begin(self) except -1
+    cdef int leave(self) except -1
+    cdef Py_ssize_t count_refs(self) noexcept
+    cdef Py_ssize_t weak_refs(self) except -1
+    cdef bint is_untouched(self) except -1
+    cdef bint goes_on(self) except -1
 
 
 cdef class Exchange:
@@ -67,6 +95,7 @@ cdef class Exchange:
     cdef list readers        # futures of those who wait for a message
     cdef list writers        # and for room
 
+    cdef int reset(self) except -1
     cdef dict make_scope(self)
     cpdef dict next_message(self)
     cdef int send_start(self, message) except -1

@@ -15,13 +15,12 @@ from contextvars import copy_context
 
 cimport cython
 
-from cpython.dict cimport PyDict_GetItem, PyDict_SetItem
-from cpython.object cimport PyObject
+from cpython.dict cimport PyDict_SetItem
 
 from prefork import _core as core
 
 from prefork cimport _asgi
-from prefork._asgi cimport COMPLETE, bytes_of, done, joined
+from prefork._asgi cimport COMPLETE, bytes_of, done, is_text, joined, value_of
 from prefork._asgi cimport wake as wake_all
 from prefork._core cimport (
     PF_ERR_CLOSED,
@@ -193,6 +192,7 @@ cdef class Dispatcher(_asgi.Dispatcher):
     cdef int perform(self, Request request) except -1:
         cdef int offered
         cdef WebSocket socket
+        cdef _asgi.Shift shift
         if not request.head.flags & PF_HEAD_UPGRADE:
             return _asgi.Dispatcher.perform(self, request)
         offered = request.offered()
@@ -201,8 +201,10 @@ cdef class Dispatcher(_asgi.Dispatcher):
             return 0
         if offered == 0:
             return _asgi.Dispatcher.perform(self, request)
-        socket = WebSocket.__new__(WebSocket)
-        return self.start(socket, request)
+        shift = _asgi.Shift.__new__(_asgi.Shift)
+        shift.exchange = socket = WebSocket.__new__(WebSocket)
+        socket.request, socket.dispatcher = request, self
+        return self.start(shift)
 
 
 cdef enum:
@@ -303,8 +305,8 @@ cdef class WebSocket(_asgi.Exchange):
     def send(self, message):
         """Send a message; RuntimeError if it is not its turn, OSError if nobody is
         there any more."""
-        kind = message["type"]
-        if kind == SEND and self.state == OPEN:
+        kind = message[TYPE]
+        if self.state == OPEN and is_text(kind, SEND):
             return self.send_message(message)
         if self.error is not None:
             raise ClientDisconnected(str(self.error))
@@ -328,14 +330,7 @@ cdef class WebSocket(_asgi.Exchange):
         return _asgi.NOTHING
 
     cdef object send_message(self, message):
-        cdef PyObject *found
-        cdef object text = None
-        if type(message) is dict:
-            found = PyDict_GetItem(message, TEXT)
-            if found is not NULL:
-                text = <object>found
-        else:
-            text = message.get(TEXT)
+        cdef object text = value_of(message, TEXT, None)
         if type(text) is str:
             self.request.send_text(<str>text)
         elif text is not None:
@@ -343,7 +338,7 @@ cdef class WebSocket(_asgi.Exchange):
                 raise TypeError(f"text must be a str, not {text!r}")
             self.request.send_text(str.__str__(text))
         else:
-            data = message.get(BYTES)
+            data = value_of(message, BYTES, None)
             if data is None:
                 raise ValueError("websocket.send has neither text nor bytes")
             self.request.send_bytes(data if type(data) is bytes else bytes_of(data))
