@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 LATE = 3.0  # seconds after which an answer does not count as one
@@ -60,6 +61,13 @@ class Crowd:
             self.host, self.port, ssl=self.tls, server_hostname=name
         )
 
+    async def _leave(self, writer: asyncio.StreamWriter) -> None:
+        """Close; over TLS that takes two, and asyncio leaves the socket until then."""
+        writer.close()
+        if self.tls is not None:
+            with suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), LATE)
+
     async def _client(self, keep: bool, number: int) -> None:
         turn = number
         while not self.stopping:
@@ -82,7 +90,7 @@ class Crowd:
                     if not keep:
                         break
             finally:
-                writer.close()
+                await self._leave(writer)
             await asyncio.sleep(0)
 
     async def _ask(
@@ -164,7 +172,7 @@ class Stream(Crowd):
         opened = await self._open()
         if opened is not None:
             await self._ask(*opened, "/", False, 0)
-            opened[1].close()
+            await self._leave(opened[1])
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         start = time.monotonic()
@@ -202,4 +210,4 @@ class Stream(Crowd):
                 served, answered = served + 1, time.monotonic()
                 due = max(due + self.pause, time.monotonic())
                 await asyncio.sleep(due - time.monotonic())
-            writer.close()
+            await self._leave(writer)
