@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from authority import DAY, NOW, Authority, Issued, body, dial, serial, tell
-from crowd import Stream
+from crowd import Crowd, Stream
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509 import ocsp
@@ -137,6 +138,14 @@ def test_a_unix_socket_serves_tls_too(run, issued, trusting, tmp_path):
     program = run(f"'unix:{tmp_path}/sock', {served(issued)}")
     address, pids = ready(program)
     assert worker(address, trusting) in pids
+    stop(program)
+
+
+def test_every_address_is_served_over_tls(run, issued, trusting, tmp_path):
+    program = run(f"['127.0.0.1:0', 'unix:{tmp_path}/sock'], {served(issued)}")
+    address, pids = ready(program)
+    for each in (address, f"unix:{tmp_path}/sock"):
+        assert worker(each, trusting) in pids
     stop(program)
 
 
@@ -500,6 +509,16 @@ def test_a_broken_new_certificate_keeps_the_old_one_and_says_so(
     assert "Traceback" not in program.stderr
 
 
+def test_a_new_certificate_that_has_expired_is_a_warning(run, authority, issued):
+    program = run(served(issued))
+    ready(program)
+    authority.expired()
+    program.signal(signal.SIGHUP)
+    program.until_logged("[WARNING] certificate of localhost expired ")
+    program.until_logged("reloaded 2 workers")
+    stop(program)
+
+
 def test_a_certificate_that_is_gone_is_told_in_one_line(run, issued, trusting):
     program = run(served(issued))
     address, _ = ready(program)
@@ -522,7 +541,7 @@ prefork = Prefork(
     Server(
         app, certfile=sys.argv[1], keyfile=sys.argv[2], tls_watch="watch" in sys.argv
     ),
-    workers=2, reuseport="slots" in sys.argv,
+    workers=2, reuseport="slots" in sys.argv, recover_threshold=1000,
     on_master_ready=lambda pids: print("ready", prefork.address[1], flush=True),
 )
 prefork.listen_and_serve("127.0.0.1:0")
@@ -536,40 +555,86 @@ async def in_thread(function, *arguments):
     return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
 
 
+def under_load(issued: Issued, arguments: list[str], crowd: Crowd, scenario) -> None:
+    """Run scenario(program, crowd) while the crowd asks; it may stop the program."""
+
+    async def run(program: Program) -> None:
+        await crowd.start()
+        await scenario(program, crowd)
+        await crowd.stop()
+
+    files = [str(issued.cert), str(issued.key)]
+    with Program(["-c", LOAD, *files, *arguments]) as program:
+        crowd.port = int(program.until("ready")[0])
+        asyncio.run(run(program))
+        if "stopped" not in program.stderr:
+            program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+
+
+SOCKETS = pytest.mark.parametrize("sockets", ["shared", "slots"])
+
+
 @pytest.mark.timeout(60 + 2 * SECONDS)
-@pytest.mark.parametrize("sockets", ["shared", "slots"])
+@SOCKETS
 @pytest.mark.parametrize("how", ["hup", "watch"])
 def test_nobody_notices_a_rotation_under_load(
     authority, issued, trusting, how, sockets
 ):
-    seen: list[str] = [issued.serial]
-    issued_serials = [issued.serial]
+    made, seen = [issued.serial], [issued.serial]
 
-    async def scenario(program: Program, stream: Stream) -> None:
+    async def rotate(program: Program, stream: Crowd) -> None:
         address = f"127.0.0.1:{stream.port}"
-        await stream.start()
         began = time.monotonic()
         while time.monotonic() - began < SECONDS:
-            new = renewed(authority, issued)
-            issued_serials.append(new.serial)
+            made.append(renewed(authority, issued).serial)
             if how == "hup":
                 program.signal(signal.SIGHUP)
             await in_thread(program.until_logged, "reloaded")
             seen.append(await in_thread(serial, address, trusting))
             await asyncio.sleep(1.0)
-        await stream.stop()
 
-    arguments = [str(issued.cert), str(issued.key), how, sockets]
-    with Program(["-c", LOAD, *arguments]) as program:
-        port = int(program.until("ready")[0])
-        stream = Stream("127.0.0.1", port, tls=trusting, rate=RATE)
-        asyncio.run(scenario(program, stream))
-        program.signal(signal.SIGTERM)
-        assert program.wait() == 0
-    assert seen == issued_serials and len(seen) > 2
+    stream = Stream("127.0.0.1", 0, tls=trusting, rate=RATE)
+    under_load(issued, [how, sockets], stream, rotate)
+    assert seen == made and len(seen) > 2
     assert stream.answers > 0.8 * SECONDS * RATE
     assert stream.overslept < 0.1 * stream.answers
     assert stream.troubles == []
+
+
+@SOCKETS
+def test_a_stop_under_load_answers_all_that_it_has_accepted(issued, trusting, sockets):
+    async def stop(program: Program, crowd: Crowd) -> None:
+        await asyncio.sleep(1.0)
+        program.signal(signal.SIGTERM)
+        await in_thread(program.until_logged, "stopped")
+
+    crowd = Crowd("127.0.0.1", 0, tls=trusting, new=4, kept=8)
+    under_load(issued, [sockets], crowd, stop)
+    assert crowd.answers > 50
+    assert [t for t in crowd.troubles if t.kind != "refused"] == []
+
+
+@SOCKETS
+def test_a_killed_worker_takes_only_its_own_connections(issued, trusting, sockets):
+    kills: list[float] = []
+
+    async def kill(program: Program, stream: Crowd) -> None:
+        for _ in range(2):
+            await asyncio.sleep(1.0)
+            victim = psutil.Process(program.pid).children()[0].pid
+            kills.append(time.monotonic())
+            os.kill(victim, signal.SIGKILL)
+            await in_thread(program.until_logged, "recovering")
+        await asyncio.sleep(1.0)
+
+    stream = Stream("127.0.0.1", 0, tls=trusting, rate=RATE)
+    under_load(issued, [sockets], stream, kill)
+    assert stream.answers > RATE
+    assert stream.count("refused", "late", "wrong") == 0, stream.troubles
+    for trouble in stream.troubles:
+        since = min(trouble.when - kill for kill in kills if kill <= trouble.when)
+        assert since < stream.pause + 0.2, (trouble, kills)
 
 
 # ---- Rotation by the files -----------------------------------------------------------
