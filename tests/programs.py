@@ -24,6 +24,11 @@ from typing import IO
 SOON = 20.0  # seconds until we give up waiting for what must happen
 
 
+def without_sanitizers() -> dict[str, str]:
+    """The environment of a program that is not ours: no sanitizer is loaded into it."""
+    return {name: text for name, text in os.environ.items() if name != "LD_PRELOAD"}
+
+
 class Lines:
     """What a stream told so far, and the wait for more."""
 
