@@ -4,10 +4,11 @@
     python benchmarks/leaks.py asgi --requests 100000
 
 The WSGI run mixes what apps may do, one request in eight being left by its client. Of
-the ASGI run all are: in a slow handler, a stream, an upload, a wait for their leaving.
+the ASGI run all are: in a slow handler, a stream, an upload, a wait for their leaving,
+and as WebSockets.
 Prints the allocated blocks and the collector's objects of the worker after a tenth of
-the run and after all of it, and exits with 1 if there are 500 more: of one that every
-hundredth request left behind there would be twice as many.
+the run (3,000 requests at least) and after all of it, and exits with 1 if there are 500
+more: of one that every hundredth request left behind there would be twice as many.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import servers
 
 HERE = Path(__file__).parent
 CLIENTS = 16
+WARM = 3000  # requests until what is kept for the next ones is there
 ALLOWED = 500  # objects more: what is made for the first time, and later kept
 RESET = struct.pack("ii", 1, 0)
 
@@ -61,7 +63,16 @@ LEFT = [
     post("/echo", LARGE)[:-5],
     get("/stream"),
 ]
+SOCKET = [
+    *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+]
+DEFLATE = "Sec-WebSocket-Extensions: permessage-deflate"
+HELLO = b"\x81\x85\0\0\0\0hello\xc1\x87\0\0\0\0\xca\x48\xcd\xc9\xc9\x07\x00"
 ABORTED = [
+    *(get("/denied", *SOCKET), get("/socket", *SOCKET), get("/flood", *SOCKET)),
+    get("/socket", *SOCKET, DEFLATE) + HELLO,
+    get("/socket", *SOCKET, DEFLATE) + HELLO[:-3],
     *(get("/slow"), get("/endless"), get("/waits"), CHUNKED + b"5\r\nhe"),
     post("/upload", b"x" * 100_000)[:-5],
     get("/upload", "Content-Length: 9", "Expect: 100-continue", method="POST"),
@@ -189,7 +200,7 @@ def objects(port: int) -> tuple[int, Counter[str]]:
 
 def run(port: int, requests: int, act: Callable[[Client, int], None]) -> bool:
     """Whether nothing stays."""
-    warm = requests // 10
+    warm = max(requests // 10, WARM)
     print(f"{warm:>9,} requests: {drive(port, iter(range(warm)), act)}")
     blocks, kinds = objects(port)
     print(f"{'':9} {blocks:,} blocks, {kinds.total():,} objects")

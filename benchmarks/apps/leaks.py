@@ -128,8 +128,23 @@ def wsgi(environ, start_response):
     return PATHS.get(environ["PATH_INFO"], plain)(environ, start_response)
 
 
+async def websocket(scope, receive, send):
+    await receive()
+    if scope["path"] == "/denied":
+        await send({"type": "websocket.close"})
+        return
+    await send({"type": "websocket.accept"})
+    while scope["path"] == "/flood":
+        await send({"type": "websocket.send", "bytes": bytes(16384)})
+    while (message := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "text": message["text"]})
+
+
 async def asgi(scope, receive, send):
-    if scope["type"] != "http":
+    if scope["type"] == "lifespan":
+        return
+    if scope["type"] == "websocket":
+        await websocket(scope, receive, send)
         return
     path, body, more = scope["path"], b"", True
     if path == "/count":
