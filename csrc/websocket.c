@@ -244,7 +244,7 @@ pf__websocket_close(pf__websocket *ws, pf__pool *pool, pf__buffer *out, unsigned
     char payload[CONTROL_MAX];
     if (!is_code(code) || len > PF__WEBSOCKET_REASON_MAX)
         return PF_ERR_APP_CLOSE;
-    if (!pf__payload_utf8(&utf8, reason, len) || utf8.left > 0)
+    if (len > 0 && (!pf__payload_utf8(&utf8, reason, len) || utf8.left > 0))
         return PF_ERR_APP_CLOSE;
     payload[0] = (char)(code >> 8);
     payload[1] = (char)(code & 0xff);
@@ -445,7 +445,9 @@ check_text(pf__websocket *ws, const char *p, size_t len, bool last)
 {
     if (ws->kind != TEXT)
         return 0;
-    if (!pf__payload_utf8(&ws->utf8, p, len) || (last && ws->utf8.left > 0))
+    if (len > 0 && !pf__payload_utf8(&ws->utf8, p, len))
+        return PF_ERR_WEBSOCKET_TEXT;
+    if (last && ws->utf8.left > 0)
         return PF_ERR_WEBSOCKET_TEXT;
     return 0;
 }
