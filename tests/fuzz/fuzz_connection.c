@@ -1,4 +1,5 @@
-/* fuzz_connection.c - whole connections: what peers send, how handlers behave, and time.
+/* fuzz_connection.c - whole connections: what peers send, how handlers behave, and time;
+ * as HTTP, and as WebSockets from where a handler accepts one.
  *
  * Input: a byte n, n bytes of script, and the payload that the peers send. The script
  * says which options hold, how the payload is cut, who reads and who leaves, what is
@@ -10,7 +11,8 @@
  * loan ends once and each borrowed body is released once; who waits for a peer has a
  * deadline; at the end no connection, loan or buffer is left; what a peer read is a
  * sequence of well-formed answers, each with the body that its own handler wrote, never
- * more than there were requests, and cut short only where somebody broke off.
+ * more than there were requests, and cut short only where somebody broke off. Messages
+ * are decoded once more by the simplest of decoders, in both directions.
  */
 #define _GNU_SOURCE
 #undef NDEBUG
@@ -24,6 +26,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <zlib.h>
 
 enum {
     PEERS = 3,
@@ -33,6 +36,8 @@ enum {
     SENT_MAX = 1 << 16,  /* bytes of one input, and so of one peer */
     HEARD_MAX = 1 << 20, /* bytes of one peer that are looked at */
     LETTERS = 26,
+    MESSAGE_MAX = 20000,
+    MESSAGES_MAX = 24, /* that are compared: each is decoded from the beginning */
 };
 
 /* ---- the clocks of the loop; libFuzzer reads CLOCK_REALTIME ------------------------*/
@@ -57,6 +62,7 @@ typedef struct asked {
     bool refused;  /* with a body of the loop's */
     bool silent;   /* aborted before its answer could be sent */
     char letter;   /* that its answer's body is made of */
+    int messages;  /* sent to it, when it was a WebSocket */
 } asked;
 
 typedef struct peer {
@@ -68,9 +74,10 @@ typedef struct peer {
     bool skipped;  /* more was heard than is kept */
     asked asked[ASKED_MAX];
     int nasked;
-    size_t sent;  /* of sent[] */
-    size_t start; /* in sent[], of the request that is lent next */
-    size_t len;   /* of heard[] */
+    size_t sent;   /* of sent[] */
+    size_t start;  /* in sent[], of the request that is lent next */
+    size_t len;    /* of heard[] */
+    size_t frames; /* in sent[], where its WebSocket begins */
 } peer;
 
 typedef struct loan {
@@ -82,6 +89,8 @@ typedef struct loan {
     bool refused; /* lent as REFUSED */
     bool closed;  /* its holder was told CLOSED */
     bool broken;  /* because of what its peer sent */
+    bool channel; /* it is a WebSocket */
+    int received; /* messages of it */
 } loan;
 
 static struct world {
@@ -163,6 +172,8 @@ pick_options(void)
     o->forwarded_trust = &everybody; /* what is lent is what was sent */
     o->forwarded_trusted = 1;
     o->server = o->content_type = NULL;
+    o->flags |= PF_OPTION_WS_DEFLATE; /* whether it is used is the peers' choice */
+    o->ws_max_size = MESSAGE_MAX;
     for (int i = 0; i < 6; i++)
         if (pick & 1 << i)
             o->flags |= flags[i];
@@ -171,6 +182,7 @@ pick_options(void)
     if (pick & 1 << 6) {
         o->max_requests = 2;
         o->max_body_size = 1000;
+        o->ws_max_size = 100;
     }
     if (pick & 1 << 7) {
         o->read_buffer_size = 256;
@@ -432,6 +444,220 @@ set_limits(loan *l)
     pf_request_limit(l->request, size, (int64_t)next() * 100, -1);
 }
 
+static void
+add_trailer(loan *l)
+{
+    static const char *const fields[][2] = {
+        {"X", "y"}, {"Empty", ""}, {"Content-Length", "5"}, {"X", "y\r\n\r\nHTTP/1.1"}};
+    const char *const *f = fields[next() % 4];
+    pf_request_trailer(l->request, f[0], strlen(f[0]), f[1], strlen(f[1]));
+}
+
+/* ---- WebSockets ---------------------------------------------------------------------*/
+static void
+accept_websocket(loan *l)
+{
+    static const char *const protocols[] = {NULL, "chat", "", "a b"};
+    const char *protocol = protocols[next() % 4];
+    pf_request *r = l->request;
+    if (pf_channel_begin(r, protocol, protocol != NULL ? strlen(protocol) : 0) < 0)
+        return;
+    assert(pf_request_field(r, "X", 1, "y", 1) == 0);
+    assert(pf_channel_open(r) == 0);
+    l->channel = true;
+    l->peer->frames = l->peer->start;
+}
+
+/* One frame; false: not all of it is there. */
+typedef struct frame {
+    int first;
+    bool masked;
+    uint64_t len;
+    const char *key, *payload;
+} frame;
+
+static bool
+read_frame(const char **p, const char *end, frame *f)
+{
+    const uint8_t *at = (const uint8_t *)*p;
+    size_t left = (size_t)(end - *p), head = 2;
+    if (left < head)
+        return false;
+    *f = (frame){.first = at[0], .masked = at[1] >> 7, .len = at[1] & 0x7f};
+    size_t more = f->len == 127 ? 8 : f->len == 126 ? 2 : 0;
+    head += more + (f->masked ? 4 : 0);
+    if (left < head)
+        return false;
+    for (size_t i = 0; i < more; i++)
+        f->len = (i > 0 ? f->len << 8 : 0) | at[2 + i];
+    f->key = *p + 2 + more;
+    f->payload = *p + head;
+    if (left - head < f->len)
+        return false;
+    *p += head + f->len;
+    return true;
+}
+
+/* A message, inflated; the window stays from one to the next. A block that says it is
+ * the last ends the stream, not the message (RFC 7692 7.2.3.4). */
+static bool
+inflate_message(z_stream *z, const char *data, size_t len, char *to, size_t *size,
+                size_t max)
+{
+    static uint8_t in[SENT_MAX + HEARD_MAX + 4], window[32768];
+    uInt kept = 0;
+    memcpy(in, data, len);
+    memcpy(in + len, "\0\0\xff\xff", 4);
+    z->next_in = in;
+    z->avail_in = (uInt)len + 4;
+    z->next_out = (uint8_t *)to;
+    z->avail_out = (uInt)max;
+    for (;;) {
+        int rc = inflate(z, Z_SYNC_FLUSH);
+        if (rc == Z_STREAM_END) {
+            if (inflateGetDictionary(z, window, &kept) != Z_OK)
+                abort();
+            inflateReset(z);
+            inflateSetDictionary(z, window, kept);
+        } else if (rc != Z_OK && rc != Z_BUF_ERROR) {
+            return false;
+        }
+        if (z->avail_out == 0)
+            return false;
+        if (z->avail_in == 0 || rc == Z_BUF_ERROR)
+            break;
+    }
+    *size = max - z->avail_out;
+    return z->avail_in == 0;
+}
+
+/* The nth message that a peer has sent, as it must be if it is lent. */
+static bool
+sent_message(const peer *p, int n, bool forgets, int *kind, pf_slice *message)
+{
+    static char raw[SENT_MAX], plain[MESSAGE_MAX + 1];
+    const char *base = sent[p - w.peers], *at = base + p->frames, *end = base + p->sent;
+    z_stream z = {0};
+    bool deflated = false, found = false;
+    size_t len = 0;
+    frame f;
+    if (inflateInit2(&z, -15) != Z_OK)
+        abort();
+    while (!found && read_frame(&at, end, &f) && f.masked && (f.first & 15) != 8) {
+        if (f.first & 8)
+            continue;
+        if (f.first & 15) {
+            *kind = f.first & 15;
+            deflated = f.first & 0x40;
+            len = 0;
+        }
+        for (size_t i = 0; i < f.len; i++)
+            raw[len++] = (char)(f.payload[i] ^ f.key[i % 4]);
+        if (!(f.first & 0x80))
+            continue;
+        *message = (pf_slice){raw, len};
+        if (deflated) {
+            size_t size;
+            if (forgets)
+                inflateReset(&z);
+            if (!inflate_message(&z, raw, len, plain, &size, sizeof plain))
+                break;
+            *message = (pf_slice){plain, size};
+        }
+        found = n-- == 0;
+    }
+    inflateEnd(&z);
+    return found;
+}
+
+static bool
+receive_message(loan *l)
+{
+    pf_message message;
+    pf_slice expected;
+    int kind;
+    if (pf_channel_receive(l->request, &message) <= 0)
+        return false;
+    assert(message.len <= loop->options.ws_max_size);
+    if (l->received < MESSAGES_MAX) {
+        bool forgets = l->request->conn->websocket->deflate.in_forgets;
+        assert(sent_message(l->peer, l->received, forgets, &kind, &expected));
+        assert(message.kind == kind && message.len == expected.len);
+        assert(message.len == 0 || !memcmp(message.data, expected.data, message.len));
+    }
+    l->received++;
+    return true;
+}
+
+static void
+send_message(loan *l, size_t len, bool borrow)
+{
+    int kind = next() % 2 ? PF_MESSAGE_TEXT : PF_MESSAGE_BINARY, rc;
+    if (borrow && w.borrowed < REFS) {
+        rc = pf_channel_send_ref(l->request, kind, letters_of(l), len,
+                                 &refs[w.borrowed]);
+        w.borrowed += rc == 1;
+    } else {
+        rc = pf_channel_send(l->request, kind, letters_of(l), len);
+    }
+    assert(rc >= 0 || rc == PF_ERR_CLOSED);
+    if (rc >= 0 && l->asked != NULL)
+        l->asked->messages++;
+}
+
+static void
+close_websocket(loan *l, int code, size_t len)
+{
+    int rc = pf_channel_close(l->request, code, bodies[0], len);
+    assert(rc == 0 || rc == PF_ERR_APP_CLOSE);
+    if (rc == 0)
+        end_loan(l, true);
+}
+
+static void
+check_code(const loan *l)
+{
+    pf_slice reason;
+    int code = pf_channel_code(l->request, &reason);
+    assert(code >= 1000 && code < 5000 && reason.len <= PF_CHANNEL_REASON);
+}
+
+static void
+act_on_websocket(loan *l, int action)
+{
+    static const int codes[] = {1000, 1001, 4999, 3000, 1005, 1006, 999, 0};
+    if (l->closed)
+        check_code(l);
+    switch (action % 8) {
+    case 0: /* an echo, but for what it says */
+        while (receive_message(l))
+            send_message(l, some_length(), true);
+        break;
+    case 1:
+        receive_message(l);
+        break;
+    case 2:
+        send_message(l, some_length(), false);
+        break;
+    case 3:
+        send_message(l, some_length(), true);
+        break;
+    case 4:
+        close_websocket(l, codes[next() % 8], next());
+        break;
+    case 5:
+        pf_request_want_room(l->request);
+        break;
+    case 6:
+        abort_loan(l);
+        break;
+    default:
+        break;
+    }
+    free_spares();
+}
+
+/* ---- what it does at a moment -------------------------------------------------------*/
 enum action {
     ANSWER,
     ANSWER_LARGE,
@@ -452,6 +678,9 @@ enum action {
     WANT_ROOM,
     LIMIT,
     KEEP,
+    TRAILERS,
+    TRAILER,
+    ACCEPT,
     NACTIONS,
 };
 
@@ -459,6 +688,10 @@ static void
 act(loan *l, int action)
 {
     pf_request *r = l->request;
+    if (l->channel) {
+        act_on_websocket(l, action);
+        return;
+    }
     look_at(l);
     switch (action) {
     case ANSWER:
@@ -515,6 +748,15 @@ act(loan *l, int action)
     case LIMIT:
         set_limits(l);
         break;
+    case TRAILERS:
+        pf_request_trailers(r);
+        break;
+    case TRAILER:
+        add_trailer(l);
+        break;
+    case ACCEPT:
+        accept_websocket(l);
+        break;
     default:
         break;
     }
@@ -526,6 +768,10 @@ static void
 finish(loan *l)
 {
     pf_request *r = l->request;
+    if (l->channel) {
+        close_websocket(l, 1000, 0);
+        return;
+    }
     answer_whole(l, 200, 5, false);
     if (l->request == r)
         act(l, END);
@@ -730,7 +976,7 @@ step(uint8_t what)
 /* ---- what was heard -----------------------------------------------------------------*/
 typedef struct reply {
     int status;
-    bool close, chunked;
+    bool close, chunked, deflates;
     int64_t length; /* -1: none given */
 } reply;
 
@@ -758,6 +1004,7 @@ read_head(const char **p, const char *end, reply *r)
             r->length = atoll(line + 16);
         }
         r->chunked |= strncmp(line, "Transfer-Encoding: chunked\r\n", 28) == 0;
+        r->deflates |= strncmp(line, "Sec-WebSocket-Extensions: permessage-", 37) == 0;
         r->close |= strncmp(line, "Connection: close\r\n", 19) == 0;
     }
     assert(!r->chunked || r->length < 0);
@@ -797,6 +1044,23 @@ read_line_end(const char **p, const char *end)
     return true;
 }
 
+/* To the empty line. */
+static bool
+read_trailers(const char **p, const char *end)
+{
+    for (;;) {
+        const char *line = *p,
+                   *line_end = memmem(line, (size_t)(end - line), "\r\n", 2);
+        if (line_end == NULL)
+            return false;
+        *p = line_end + 2;
+        if (line == line_end)
+            return true;
+        assert(strncmp(line, "X: y\r\n", 6) == 0
+               || strncmp(line, "Empty: \r\n", 9) == 0);
+    }
+}
+
 static bool
 read_chunks(const char **p, const char *end, const asked *a)
 {
@@ -808,10 +1072,10 @@ read_chunks(const char **p, const char *end, const asked *a)
         long size = strtol(*p, &digits_end, 16);
         assert(digits_end == line_end && line_end > *p && **p != '+' && **p != '-');
         *p = line_end + 2;
+        if (size == 0)
+            return read_trailers(p, end);
         if (!read_stretch(p, end, size, a) || !read_line_end(p, end))
             return false;
-        if (size == 0)
-            return true;
     }
 }
 
@@ -836,6 +1100,49 @@ read_reply(const char **p, const char *end, reply *r, const asked *a)
 }
 
 static void
+check_message(z_stream *z, const frame *f, bool deflates, const asked *a)
+{
+    static char plain[LONGEST + 1];
+    size_t len = f->len;
+    const char *data = f->payload;
+    if (f->first & 0x40) {
+        assert(deflates);
+        assert(inflate_message(z, data, len, plain, &len, sizeof plain));
+        data = plain;
+    }
+    check_letters(data, len, a);
+}
+
+/* What comes behind a 101, to its end; false: it is incomplete. A close is the last. */
+static bool
+read_frames(const char **p, const char *end, bool deflates, const asked *a)
+{
+    int messages = 0;
+    bool closed = false;
+    z_stream z = {0};
+    frame f;
+    if (inflateInit2(&z, -15) != Z_OK)
+        abort();
+    while (read_frame(p, end, &f)) {
+        int opcode = f.first & 15;
+        assert(!closed && !f.masked && (f.first & 0xb0) == 0x80);
+        assert(f.len < 126
+               || f.key[-1 - (f.len > 65535 ? 8 : 2)] == (f.len > 65535 ? 127 : 126));
+        assert(opcode == 1 || opcode == 2 || (f.len < 126 && !(f.first & 0x40)));
+        assert(opcode < 3 || opcode == 8 || opcode == 10
+               || (opcode == 9 && f.len == 0));
+        if (opcode < 3) {
+            messages++;
+            check_message(&z, &f, deflates, a);
+        }
+        closed = opcode == 8;
+    }
+    inflateEnd(&z);
+    assert(a == NULL || messages <= a->messages);
+    return *p == end;
+}
+
+static void
 check_heard(const peer *p)
 {
     const char *at = heard[p - w.peers], *end = at + p->len;
@@ -852,6 +1159,11 @@ check_heard(const peer *p)
         whole = read_reply(&at, end, &r, a);
         if (a != NULL && a->silent)
             assert(whole ? r.status < 200 : p->fd < 0 || w.time_passed);
+        if (whole && r.status == 101) {
+            whole = read_frames(&at, end, r.deflates, a);
+            replies++;
+            break;
+        }
         continues += whole && r.status == 100;
         replies += whole && r.status >= 200;
         closed = r.close;
