@@ -1,7 +1,7 @@
 """The scenarios: what a server is put under, and what one run of it brought.
 
-Most are wrk's, WebSocket's is wsload.c's; ten thousand idle connections are held by
-this process.
+Most are wrk's, WebSocket's is wsload.c's, handshakes are tlsload.c's; idle connections
+are held by this process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from programs import program
 HERE = Path(__file__).parent
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 IDLE_CONNECTIONS = 10_000
+IDLE_TLS_CONNECTIONS = 1_000  # a client of TLS is not small
 IDLE_SECONDS = 1.0
 
 
@@ -43,6 +45,7 @@ class Sample:
     pss_after: int = 0
     held: int = 0
     alive: int = 0
+    resumed: int = 0
 
     @property
     def rate(self) -> float:
@@ -69,6 +72,8 @@ class Scenario:
     arguments: tuple[str, ...] = ()
     answer: str = "app"  # what the server is to serve: "app", "big" or "echo"
     close: bool = False  # every answer ends its connection
+    tls: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ def check(names: Iterable[str]) -> None:
         wrk()
     if run_websocket in runs:
         program("wsload")
+    if run_handshakes in runs:
+        program("tlsload")
 
 
 # ---- wrk ---------------------------------------------------------------------------
@@ -122,7 +129,8 @@ def wrk_command(scenario: Scenario, target: Target) -> list[str]:
     command = ["taskset", "-c", str(target.core), wrk(), "--latency", "--threads=1"]
     command += [f"--connections={scenario.connections}", f"--duration={target.seconds}"]
     command += [f"--timeout={2 + target.seconds}", *scenario.arguments]
-    return [*command, f"http://127.0.0.1:{target.port}/"]
+    scheme = "https" if scenario.tls else "http"
+    return [*command, f"{scheme}://127.0.0.1:{target.port}/"]
 
 
 def _number(pattern: str, text: str) -> int:
@@ -187,6 +195,46 @@ def run_websocket(scenario: Scenario, target: Target) -> Sample:
     )
 
 
+# ---- TLS ---------------------------------------------------------------------------
+
+
+def connect(port: int, tls: bool) -> socket.socket:
+    """A connection, of which TLS verifies nothing."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=5)
+    return _TLS.wrap_socket(sock, server_hostname="localhost") if tls else sock
+
+
+def _unverified() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+_TLS = _unverified()
+
+
+def run_handshakes(scenario: Scenario, target: Target) -> Sample:
+    """Requests are connections here; how many were resumed is told apart."""
+    command = ["taskset", "-c", str(target.core), program("tlsload")]
+    command += [*scenario.arguments, f"--threads={scenario.connections}"]
+    command += [f"--seconds={target.seconds}", str(target.port)]
+    pss_before = cpu.pss(target.pids)
+    before = cpu.read(target.pids)
+    done = subprocess.run(command, capture_output=True, text=True)
+    after = cpu.read(target.pids)
+    if done.returncode:
+        raise LoadError(f"tlsload failed: {done.stderr.strip()}")
+    return Sample(
+        requests=_number(r"(\d+) handshakes", done.stdout),
+        usage=cpu.between(before, after),
+        errors=_number(r"(\d+) errors", done.stdout),
+        pss_before=pss_before,
+        pss_after=cpu.pss(target.pids),
+        resumed=_number(r"(\d+) resumed", done.stdout),
+    )
+
+
 # ---- Idle connections --------------------------------------------------------------
 
 
@@ -194,7 +242,7 @@ def run_idle(scenario: Scenario, target: Target) -> Sample:
     """Connections that made one request each and now say nothing."""
     raise_limit(scenario.connections)
     pss_before = cpu.pss(target.pids)
-    with _holding(scenario.connections, target.port) as held:
+    with _holding(scenario, target.port) as held:
         pss_after = cpu.pss(target.pids)
         before = cpu.read(target.pids)
         time.sleep(IDLE_SECONDS)
@@ -223,13 +271,13 @@ def raise_limit(connections: int) -> None:
 
 
 @contextlib.contextmanager
-def _holding(count: int, port: int) -> Iterator[list[socket.socket]]:
+def _holding(scenario: Scenario, port: int) -> Iterator[list[socket.socket]]:
     """As many connections as the server takes, each after one answer."""
     with contextlib.ExitStack() as stack:
         held: list[socket.socket] = []
-        for _ in range(count):
+        for _ in range(scenario.connections):
             try:
-                sock = socket.create_connection(("127.0.0.1", port), timeout=5)
+                sock = connect(port, scenario.tls)
                 stack.enter_context(sock)
                 sock.sendall(REQUEST)
                 read_answer(sock)
@@ -242,8 +290,8 @@ def _holding(count: int, port: int) -> Iterator[list[socket.socket]]:
 
 def _is_open(sock: socket.socket) -> bool:
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
+        return bool(sock.recv(1))
+    except (BlockingIOError, ssl.SSLWantReadError):
         return True
     except OSError:
         return False
@@ -315,6 +363,32 @@ _ALL = (
         "10,000 idle keep-alive connections",
         run_idle,
         connections=IDLE_CONNECTIONS,
+    ),
+    Scenario("tls64", "TLS, keep-alive, 64 connections", run_wrk, tls=True),
+    Scenario(
+        "handshake",
+        "TLS, full handshakes: a connection for each request, 8 at a time",
+        run_handshakes,
+        connections=8,
+        close=True,
+        tls=True,
+    ),
+    Scenario(
+        "resume",
+        "TLS, handshakes with the ticket of the last one, 8 at a time, two workers",
+        run_handshakes,
+        connections=8,
+        arguments=("--reuse",),
+        close=True,
+        tls=True,
+        workers=2,
+    ),
+    Scenario(
+        "tlsidle",
+        "TLS, 1,000 idle keep-alive connections",
+        run_idle,
+        connections=IDLE_TLS_CONNECTIONS,
+        tls=True,
     ),
 )
 

@@ -27,7 +27,7 @@ import load
 import profiler
 import servers
 import table
-from programs import BUILD, ROOT, ProgramError
+from programs import BUILD, KEYS, ROOT, ProgramError
 
 DEFAULT_SERVERS = (
     "limit,core,prefork,nginx,fastpysgi-wsgi,bjoern,granian-wsgi,granian-asgi,"
@@ -67,6 +67,12 @@ def parse(args: list[str]) -> argparse.Namespace:
         type=names(load.SCENARIOS),
         default=DEFAULT_SCENARIOS,
         help=f"of {', '.join(load.SCENARIOS)}",
+    )
+    add(
+        "--key",
+        choices=KEYS,
+        default="ec",
+        help="of the certificate of TLS: P-256, the default, or RSA-2048",
     )
     add(
         "--python",
@@ -151,6 +157,7 @@ def site_of(
         scratch,
         servers.free_port(),
         scenario,
+        options.key,
     )
 
 
@@ -218,9 +225,18 @@ def facts(options: argparse.Namespace, names: set[str]) -> list[tuple[str, str]]
         ("Python", output(str(options.python), "-c", VERSION)),
         ("commit", commit()),
         ("peers", peer_versions(options, names)),
+        *tls_facts(options),
         ("date", str(today)),
         ("command", f"`{shlex.join(['python', 'benchmarks/run.py', *arguments])}`"),
     ]
+
+
+def tls_facts(options: argparse.Namespace) -> list[tuple[str, str]]:
+    if not any(load.SCENARIOS[name].tls for name in options.scenarios):
+        return []
+    key = {"ec": "ECDSA P-256", "rsa": "RSA-2048"}[options.key]
+    version = " ".join(output("openssl", "version").split()[:2])
+    return [("TLS", f"TLSv1.3, {servers.CIPHER}, a certificate of {key}, {version}")]
 
 
 VERSION = "import platform as p; print(p.python_implementation(), p.python_version())"

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import IO
 
 import cpu
 import load
-from programs import ROOT, program
+from programs import ROOT, certificate, program
 
 HERE = Path(__file__).parent
 APPS = HERE / "apps"
@@ -33,6 +34,20 @@ HANDSHAKE = (
     b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
+
+
+CIPHER = "TLS_AES_256_GCM_SHA384"  # the first that OpenSSL's clients offer
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a server is asked whether it is ready."""
+
+    upgrade: bool = False
+    tls: bool = False
+
+
+PLAIN = Probe()
 
 
 class Unavailable(Exception):
@@ -52,10 +67,22 @@ class Site:
     scratch: Path  # a directory for this run
     port: int
     scenario: load.Scenario
+    key: str = "ec"  # of the certificate: "ec" or "rsa"
 
     @property
     def app(self) -> str:
         return self.scenario.answer
+
+    @property
+    def workers(self) -> str:
+        return str(self.scenario.workers)
+
+    def tls(self, certificate_option: str, key_option: str) -> list[str]:
+        """The options of TLS, if it is asked for."""
+        if not self.scenario.tls:
+            return []
+        cert, key = certificate(self.key)
+        return [certificate_option, str(cert), key_option, str(key)]
 
     def peer(self, program: str) -> str:
         path = self.peers / "bin" / program
@@ -78,11 +105,14 @@ class Server:
     command: Callable[[Site], list[str]]
     prints_port: bool = False  # it takes a free port itself and prints it
     serves: tuple[str, ...] = ("app", "big")
+    tls: bool = False
 
     def start(self, site: Site) -> list[str]:
         """The command line; Unavailable where it does not serve what is asked for."""
         if site.app not in self.serves:
             raise Unavailable(f"it does not serve {site.app!r}")
+        if site.scenario.tls and not self.tls:
+            raise Unavailable("it does not speak TLS")
         return self.command(site)
 
 
@@ -116,7 +146,9 @@ def prefork(module: str, *options: str) -> Callable[[Site], list[str]]:
             raise Unavailable(f"prefork is not installed for {site.python.name}")
         app = f"{module}:{site.app}"
         bind = f"127.0.0.1:{site.port}"
-        return [str(path), app, "--bind", bind, "--workers", "1", *options]
+        tls = site.tls("--certfile", "--keyfile")
+        workers = ["--workers", site.workers]
+        return [str(path), app, "--bind", bind, *workers, *tls, *options]
 
     return command
 
@@ -128,8 +160,20 @@ def nginx(site: Site) -> list[str]:
     site.scratch.chmod(0o755)
     (site.scratch / "big").write_bytes(b"x" * (1 << 20))
     config = site.scratch / "nginx.conf"
-    config.write_text(NGINX.format(site=site, location=NGINX_LOCATIONS[site.app]))
+    location = NGINX_LOCATIONS[site.app]
+    text = NGINX.format(site=site, location=location, **_nginx_tls(site))
+    config.write_text(text)
     return [path, "-p", str(site.scratch), "-c", str(config), "-e", "stderr"]
+
+
+def _nginx_tls(site: Site) -> dict[str, str]:
+    """Tickets are what the others resume by, too."""
+    if not site.scenario.tls:
+        return {"listen": "", "tls": ""}
+    cert, key = certificate(site.key)
+    lines = f"ssl_certificate {cert}; ssl_certificate_key {key};"
+    lines += " ssl_protocols TLSv1.2 TLSv1.3; ssl_session_tickets on;"
+    return {"listen": "ssl", "tls": lines}
 
 
 NGINX_LOCATIONS = {
@@ -139,7 +183,7 @@ NGINX_LOCATIONS = {
 
 NGINX = """
 daemon off;
-worker_processes 1;
+worker_processes {site.workers};
 worker_rlimit_nofile 20000;
 pid {site.scratch}/nginx.pid;
 error_log stderr crit;
@@ -156,7 +200,8 @@ http {{
     uwsgi_temp_path {site.scratch};
     scgi_temp_path {site.scratch};
     server {{
-        listen 127.0.0.1:{site.port} backlog=4096;
+        listen 127.0.0.1:{site.port} backlog=4096 {listen};
+        {tls}
         root {site.scratch};
         location / {{ {location} }}
     }}
@@ -167,9 +212,10 @@ http {{
 def uvicorn(site: Site) -> list[str]:
     return [
         *(site.peer("uvicorn"), f"asgi:{site.app}", "--port", str(site.port)),
-        *("--loop", "uvloop", "--http", "httptools", "--workers", "1"),
+        *("--loop", "uvloop", "--http", "httptools", "--workers", site.workers),
         *("--log-level", "error", "--no-access-log"),
         *("--timeout-keep-alive", "75", "--backlog", "4096"),
+        *site.tls("--ssl-certfile", "--ssl-keyfile"),
     ]
 
 
@@ -177,8 +223,10 @@ def granian(interface: str, module: str = "") -> Callable[[Site], list[str]]:
     def command(site: Site) -> list[str]:
         return [
             *(site.peer("granian"), f"{module or interface}:{site.app}"),
-            *("--interface", interface, "--port", str(site.port), "--workers", "1"),
-            *("--log-level", "error", "--no-access-log", "--backlog", "16384"),
+            *("--interface", interface, "--port", str(site.port)),
+            *("--workers", site.workers, "--backlog", "16384"),
+            *("--log-level", "error", "--no-access-log"),
+            *site.tls("--ssl-certificate", "--ssl-keyfile"),
         ]
 
     return command
@@ -189,9 +237,10 @@ def gunicorn_gthread(module: str) -> Callable[[Site], list[str]]:
         bind = f"127.0.0.1:{site.port}"
         return [
             *(site.peer("gunicorn"), f"{module}:{site.app}", "-b", bind),
-            *("-k", "gthread", "--workers", "1", "--threads", "8"),
+            *("-k", "gthread", "--workers", site.workers, "--threads", "8"),
             *("--worker-connections", "16384", "--keep-alive", "75"),
             *("--backlog", "4096", "--log-level", "error"),
+            *site.tls("--certfile", "--keyfile"),
         ]
 
     return command
@@ -268,17 +317,17 @@ _ALL = (
     Server("limit", limit, prints_port=True, serves=_EVERYTHING),
     Server("limit-nodefer", limit_without_defer, prints_port=True),
     Server("core", core, prints_port=True),
-    Server("prefork", prefork("hello"), serves=_EVERYTHING),
+    Server("prefork", prefork("hello"), serves=_EVERYTHING, tls=True),
     Server("prefork-16", prefork("hello", "--threads", "16")),
-    Server("prefork-wsgi", prefork("wsgi")),
-    Server("prefork-wsgi-16", prefork("wsgi", "--threads", "16")),
-    Server("prefork-asgi", prefork("asgi"), serves=_EVERYTHING),
-    Server("nginx", nginx),
-    Server("uvicorn", uvicorn, serves=_EVERYTHING),
-    Server("granian-wsgi", granian("wsgi")),
-    Server("granian-asgi", granian("asgi"), serves=_EVERYTHING),
-    Server("granian-rsgi", granian("rsgi"), serves=_EVERYTHING),
-    Server("gunicorn", gunicorn_gthread("wsgi")),
+    Server("prefork-wsgi", prefork("wsgi"), tls=True),
+    Server("prefork-wsgi-16", prefork("wsgi", "--threads", "16"), tls=True),
+    Server("prefork-asgi", prefork("asgi"), serves=_EVERYTHING, tls=True),
+    Server("nginx", nginx, tls=True),
+    Server("uvicorn", uvicorn, serves=_EVERYTHING, tls=True),
+    Server("granian-wsgi", granian("wsgi"), tls=True),
+    Server("granian-asgi", granian("asgi"), serves=_EVERYTHING, tls=True),
+    Server("granian-rsgi", granian("rsgi"), serves=_EVERYTHING, tls=True),
+    Server("gunicorn", gunicorn_gthread("wsgi"), tls=True),
     Server("uwsgi", uwsgi("wsgi")),
     Server("fastpysgi-wsgi", fastpysgi("wsgi")),
     Server("fastpysgi-asgi", fastpysgi("asgi")),
@@ -318,7 +367,7 @@ def setup_peers(python: Path, peers: Path) -> None:
 def running(server: Server, site: Site, core: int) -> Iterator[Running]:
     """The server on one core, from its first answer on."""
     command = server.start(site)
-    upgrade = site.app == "echo"
+    probe = Probe(site.app == "echo", site.scenario.tls)
     with open(site.scratch / "stderr", "w+") as errors:
         process = subprocess.Popen(
             command,
@@ -332,7 +381,7 @@ def running(server: Server, site: Site, core: int) -> Iterator[Running]:
         )
         try:
             port = _printed_port(process) if server.prints_port else site.port
-            _wait_until_ready(process, port, errors, upgrade)
+            _wait_until_ready(process, port, errors, probe)
             yield Running(port, cpu.tree(process.pid))
         finally:
             _stop(process)
@@ -365,12 +414,15 @@ def _printed_port(process: subprocess.Popen[str]) -> int:
 
 
 def _wait_until_ready(
-    process: subprocess.Popen[str], port: int, errors: IO[str], upgrade: bool = False
+    process: subprocess.Popen[str],
+    port: int,
+    errors: IO[str],
+    probe: Probe = PLAIN,
 ) -> None:
     """Until it has answered once; its own exit ends the wait at once."""
     wait = 0.002
     waited = 0.0
-    while not answers(port, upgrade):
+    while not answers(port, probe):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait)
         waited += wait
@@ -380,14 +432,18 @@ def _wait_until_ready(
             raise ServerError(f"did not start: {errors.read().strip()[-400:]}")
 
 
-def answers(port: int, upgrade: bool = False) -> bool:
+def answers(port: int, probe: Probe = PLAIN) -> bool:
     """Whether it answers a request, or a handshake, as it should."""
+    upgrade = probe.upgrade
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        with load.connect(port, probe.tls) as sock:
+            cipher = sock.cipher() if isinstance(sock, ssl.SSLSocket) else None
             sock.sendall(HANDSHAKE if upgrade else PROBE)
             head, _ = load.read_head(sock) if upgrade else load.read_answer(sock)
     except OSError:
         return False
+    if cipher and cipher[0] != CIPHER:
+        raise ServerError(f"agrees on {cipher[0]}, not {CIPHER} as the others")
     if not head.startswith(b"HTTP/1.1 101 " if upgrade else b"HTTP/1.1 200 "):
         raise ServerError(f"answered {head.splitlines()[0]!r}")
     return True

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from load import SCENARIOS, Sample, Scenario
+from load import SCENARIOS, Sample, Scenario, run_handshakes, run_idle
 
 LIMIT = "limit"
+NGINX = "nginx"  # stands for it where TLS is spoken, which the limit does not know
 DISTURBED = 0.15  # CPUs used by others above which a round is marked
 
 # samples[scenario][server][round]; None: that round failed
@@ -17,11 +18,11 @@ Samples = dict[str, dict[str, list[Sample | None]]]
 
 @dataclass(frozen=True)
 class Row:
-    """All rounds of one server in one scenario, beside the limit's."""
+    """All rounds of one server in one scenario, beside those of the limit."""
 
     server: str
     samples: list[Sample]
-    pairs: list[tuple[Sample, Sample]]  # with the limit's sample of the same round
+    pairs: list[tuple[Sample, Sample]]  # with the limit's, or nginx's, of that round
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,22 @@ LOADED = (
     Column("errors", lambda row: str(sum(s.errors for s in row.samples) or "")),
 )
 
+
+def _resumed(row: Row) -> str:
+    parts = [100 * s.resumed / max(s.requests, 1) for s in row.samples]
+    return spread(parts, "{:.0f}")
+
+
+TLS = tuple(
+    Column("x nginx", column.cell) if column.heading == "x limit" else column
+    for column in LOADED
+)
+
+HANDSHAKES = (
+    *(column for column in TLS if not column.heading.startswith("p")),
+    Column("resumed %", _resumed),
+)
+
 IDLE = (
     Column("server", lambda row: row.server),
     Column("held", lambda row: median((s.held for s in row.samples), "{:,.0f}")),
@@ -126,23 +143,32 @@ same round. Each figure is the median of all rounds, the lowest and the highest 
 parentheses. Memory is PSS: user memory alone. "foreign CPU" is what others used of the
 CPUs meanwhile; "!" marks rows in which that was above 0.15 in some round. nginx serves
 the answers of 1 MiB by sendfile, which the limit does not. WebSocket messages count as
-requests; the limit knows what is to be sent back."""
+requests; the limit knows what is to be sent back. The limit speaks no TLS: there nginx
+is who is compared with, and all have agreed on the same version and cipher."""
 
 
 def section(scenario: Scenario, servers: dict[str, list[Sample | None]]) -> list[str]:
-    columns = IDLE if scenario.name.startswith("idle") else LOADED
+    columns = columns_of(scenario)
     lines = [f"## {scenario.name}: {scenario.title}", ""]
     lines.append(_line(column.heading for column in columns))
     lines.append("|" + "---|" * len(columns))
-    rows = [_row(name, servers) for name in servers if any(servers[name])]
+    limit = servers.get(NGINX if scenario.tls else LIMIT, [])
+    rows = [_row(name, servers[name], limit) for name in servers if any(servers[name])]
     rows.sort(key=lambda row: statistics.median(s.cpu_us for s in row.samples))
     lines += [_line(column.cell(row) for column in columns) for row in rows]
     return lines
 
 
-def _row(name: str, servers: dict[str, list[Sample | None]]) -> Row:
-    samples = servers[name]
-    both = zip(samples, servers.get(LIMIT, []), strict=False)
+def columns_of(scenario: Scenario) -> Sequence[Column]:
+    if scenario.run is run_idle:
+        return IDLE
+    if scenario.run is run_handshakes:
+        return HANDSHAKES
+    return TLS if scenario.tls else LOADED
+
+
+def _row(name: str, samples: list[Sample | None], limits: list[Sample | None]) -> Row:
+    both = zip(samples, limits, strict=False)
     pairs = [(ours, limit) for ours, limit in both if ours and limit]
     return Row(name, [sample for sample in samples if sample], pairs)
 
