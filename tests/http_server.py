@@ -1,6 +1,7 @@
 """The live server of the HTTP cases: an echo with default limits on a free port.
 
-Its argument is the interface. Writes its port on standard output once it accepts. It
+Its arguments are the interface, and the files of a certificate and its key if it is to
+speak TLS. Writes its port on standard output once it accepts. It
 lives as long as its standard input is open: whoever started it may die without a trace.
 """
 
@@ -91,4 +92,7 @@ def follow_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=follow_parent, daemon=True).start()
-    prefork.Server(APPS[sys.argv[1]]).listen_and_serve("127.0.0.1:0", on_ready=report)
+    interface, *files = sys.argv[1:]
+    options = dict(zip(("certfile", "keyfile"), files, strict=False))
+    server = prefork.Server(APPS[interface], **options)
+    server.listen_and_serve("127.0.0.1:0", on_ready=report)

@@ -1,8 +1,9 @@
 """The HTTP cases against a live server, and the case files against their notation.
 
 Each case is delivered whole, byte by byte, and with a request behind it that must be
-answered exactly if the connection is kept; to a native handler, a WSGI and an ASGI app.
-The answers are read by h11.
+answered exactly if the connection is kept; to a native handler, a WSGI and an ASGI app,
+in clear and over TLS, where a byte is a record, or a segment. The answers are read by
+h11.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from urllib.parse import unquote_to_bytes
 
 import h11
 import pytest
+from authority import Authority
 from http_cases import (
     DIRECTORY,
     Answer,
@@ -32,6 +35,7 @@ from http_cases import (
     read_all,
     read_file,
 )
+from secure import Secure
 
 CASES = read_all()
 SERVER = [sys.executable, str(Path(__file__).with_name("http_server.py"))]
@@ -141,11 +145,19 @@ class Reply:
 
 
 class Peer:
-    """The client's end of one connection."""
+    """The client's end of one connection: over TLS, if it has whom to trust.
 
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    A step is how many bytes of TLS a segment holds; 0: a record.
+    """
+
+    def __init__(
+        self, port: int, trusting: ssl.SSLContext | None = None, step: int = 0
+    ) -> None:
+        raw = socket.create_connection(("127.0.0.1", port), DEADLINE)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket: Any = raw
+        if trusting is not None:
+            self.socket = Secure(raw, trusting, step=step)
         self.unread = b""
 
     def __enter__(self) -> Peer:
@@ -164,6 +176,7 @@ class Peer:
             self.socket.send(data[at : at + step])
 
     def end(self) -> None:
+        """Say that nothing more will be said."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def read_reply(self, method: bytes, go_on: Callable[[], None]) -> Reply:
@@ -189,7 +202,7 @@ class Peer:
         return reply
 
     def assert_closed(self) -> None:
-        """Nothing more was sent, and the connection ended without a reset."""
+        """Nothing more was sent, and the connection ended without reset or cut."""
         assert self.unread + self.socket.recv(65536) == b""
 
 
@@ -302,10 +315,24 @@ def check_conversation(
 # ---- The server ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["native", "wsgi", "asgi"])
-def port(request: pytest.FixtureRequest) -> Iterator[int]:
+PLAIN = ["native", "wsgi", "asgi"]
+OVER_TLS = [f"{interface} over TLS" for interface in PLAIN]
+Connect = Callable[..., Peer]
+
+
+@pytest.fixture(scope="module", params=[*PLAIN, *OVER_TLS[:1]])
+def connect(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Connect]:
+    """connect(): a Peer of a server of this kind."""
+    interface, over_tls, _ = request.param.partition(" over TLS")
+    arguments, trusting = [interface], None
+    if over_tls:
+        authority = Authority(tmp_path_factory.mktemp("authority"))
+        issued, trusting = authority.issue(), authority.trusting()
+        arguments += [str(issued.cert), str(issued.key)]
     with subprocess.Popen(
-        [*SERVER, request.param],
+        [*SERVER, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -313,29 +340,40 @@ def port(request: pytest.FixtureRequest) -> Iterator[int]:
         assert server.stdin and server.stdout
         line = server.stdout.readline()
         assert line, f"the server ended with status {server.wait()}"
-        yield int(line)
+        port = int(line)
+        yield lambda **options: Peer(port, trusting, **options)
         assert server.poll() is None, "the server died"
         server.stdin.close()
         assert server.wait(DEADLINE) == 0
 
 
+@pytest.mark.parametrize("connect", [*PLAIN, *OVER_TLS], indirect=True)
 @each(CASES)
-def test_whole(port: int, case: Case) -> None:
-    with Peer(port) as peer:
+def test_whole(connect: Connect, case: Case) -> None:
+    with connect() as peer:
         peer.send(case.sent)
         check_conversation(peer, case)
 
 
 @each(case for case in CASES if not case.outcome.surplus)
-def test_byte_by_byte(port: int, case: Case) -> None:
-    with Peer(port) as peer:
+def test_byte_by_byte(connect: Connect, case: Case) -> None:
+    with connect() as peer:
+        peer.send_in_steps(case.sent)
+        check_conversation(peer, case)
+
+
+@pytest.mark.parametrize("connect", OVER_TLS[:1], indirect=True)
+@each(case for case in CASES if not case.outcome.surplus)
+def test_segment_by_segment(connect: Connect, case: Case) -> None:
+    """Of a byte each, from the first one of the handshake on."""
+    with connect(step=1 if len(case.sent) <= SMALL else 1000) as peer:
         peer.send_in_steps(case.sent)
         check_conversation(peer, case)
 
 
 @each(case for case in CASES if case.outcome.eof is None)
-def test_with_a_request_behind_it(port: int, case: Case) -> None:
-    with Peer(port) as peer:
+def test_with_a_request_behind_it(connect: Connect, case: Case) -> None:
+    with connect() as peer:
         peer.send(case.sent + CANARY)
         check_answers(peer, case, case.outcome.answers)
         if not case.outcome.closes:
@@ -349,9 +387,9 @@ def test_with_a_request_behind_it(port: int, case: Case) -> None:
     for case in CASES
     if case.outcome.answers and case.outcome.answers[0].status == 100
 )
-def test_body_sent_after_the_100(port: int, case: Case) -> None:
+def test_body_sent_after_the_100(connect: Connect, case: Case) -> None:
     head, end, body = case.sent.partition(b"\r\n\r\n")
-    with Peer(port) as peer:
+    with connect() as peer:
 
         def go_on() -> None:
             peer.send(body)
