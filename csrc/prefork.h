@@ -464,7 +464,8 @@ typedef struct pf_crew pf_crew;
 enum pf_crew_reason { PF_CREW_CALLED = 1, PF_CREW_STALLED = 2, PF_CREW_CLOSED = 3 };
 
 int pf_crew_open(pf_crew **out, int tick_ms); /* a handler has stalled when it has run
-                                                 for one to two ticks */
+                                                 for one to two ticks; the first one in
+                                                 a while, for five to ten */
 int pf_crew_wait(pf_crew *crew);   /* sleeps: stand by. PF_CREW_*, or -errno */
 void pf_crew_begin(pf_crew *crew); /* the leader enters a handler */
 void pf_crew_end(pf_crew *crew);   /* and has left it, or somebody leads in its place */

@@ -449,7 +449,7 @@ cdef class Crew:
     """Threads of which one leads and the others stand by, asleep, without the GIL.
 
     Who leads is decided under the GIL, by _dispatch. tick_ms: a handler has stalled
-    when it has run for one to two of these.
+    when it has run for one to two of these, the first one in a while for five to ten.
     """
 
     def __cinit__(self, int tick_ms=1):

@@ -134,6 +134,27 @@ a_handler_after_a_quiet_time_is_watched(void)
     with_threads(doze_and_stall, 2);
 }
 
+/* After a while without a stall the watcher naps longer, but it watches. */
+static void
+be_calm_and_stall(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    int64_t until = t.tv_sec * 1000 + t.tv_nsec / 1000000 + 400;
+    do {
+        pf_crew_begin(crew);
+        pf_crew_end(crew);
+        clock_gettime(CLOCK_MONOTONIC, &t);
+    } while (t.tv_sec * 1000 + t.tv_nsec / 1000000 < until);
+    stall();
+}
+
+static void
+a_handler_that_stalls_after_many_that_did_not_is_told(void)
+{
+    with_threads(be_calm_and_stall, 2);
+}
+
 static void
 nobody_stands_by_and_nobody_can_be_called(void)
 {
@@ -194,6 +215,7 @@ main(void)
     fast_handlers_wake_nobody();
     who_is_called_wakes_once();
     a_handler_after_a_quiet_time_is_watched();
+    a_handler_that_stalls_after_many_that_did_not_is_told();
     nobody_stands_by_and_nobody_can_be_called();
     a_tick_has_bounds();
     the_watch_is_handed_on();
