@@ -15,10 +15,13 @@
 #include "prefork.h"
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 enum {
     QUIET_TICKS = 50, /* without a handler, until the watcher dozes */
@@ -26,18 +29,21 @@ enum {
     CALM_NAP = 5,     /* every so many ticks */
 };
 
+/* What a sleeper is told besides PF_CREW_*, which is the last that it is told. */
+enum { NOTHING = 0, TO_WATCH = -1, TO_LOOK = -2 };
+
 typedef struct sleeper {
-    pthread_cond_t wake;
     struct sleeper *next;
-    bool called;
+    bool watches;
+    atomic_int told;
 } sleeper;
 
 struct pf_crew {
     pthread_mutex_t lock;
     sleeper *idle;    /* a stack; the watcher is not in it */
     sleeper *watcher; /* NULL: nobody stands by */
-    int calm;         /* ticks since a handler stalled or somebody was called */
     bool closed;
+    atomic_int calm; /* ticks since a handler stalled or somebody was called */
     atomic_bool dozing;
     _Atomic uint64_t turn;
     long tick_ns;
@@ -68,21 +74,36 @@ pf_crew_free(pf_crew *crew)
     free(crew);
 }
 
-/* ---- standing by --------------------------------------------------------------------*/
-static int
-open_sleeper(sleeper *self)
+/* ---- sleeping -----------------------------------------------------------------------
+ * By futex(2): who waits at a condition variable is woken to take its mutex, and then
+ * leaves that marked as one that others wait for, so the next unlock is a system call,
+ * too. Here a wake-up is two calls, and who was taken off the stack needs no lock.
+ */
+
+/* Until something is told, for so many ns (0: for ever), or for no reason. false: the
+ * time is up. */
+static bool
+sleep_on(sleeper *self, long ns)
 {
-    pthread_condattr_t monotonic;
-    int rc = pthread_condattr_init(&monotonic);
-    if (rc != 0)
-        return -rc;
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    *self = (sleeper){.called = false};
-    rc = pthread_cond_init(&self->wake, &monotonic);
-    pthread_condattr_destroy(&monotonic);
-    return -rc;
+    struct timespec t = {ns / 1000000000L, ns % 1000000000L};
+    long rc = syscall(SYS_futex, &self->told, FUTEX_WAIT_PRIVATE, NOTHING,
+                      ns > 0 ? &t : NULL, NULL, 0);
+    return rc == 0 || errno != ETIMEDOUT;
 }
 
+/* Under the lock. The sleeper may have seen it, and be gone, before it is woken: waking
+ * nobody at an address does no harm. */
+static void
+tell(sleeper *it, int what)
+{
+    int told = atomic_load(&it->told);
+    if (told > 0 || (told < 0 && what < 0))
+        return;
+    atomic_store(&it->told, what);
+    syscall(SYS_futex, &it->told, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* ---- standing by --------------------------------------------------------------------*/
 static void
 push(pf_crew *crew, sleeper *self)
 {
@@ -105,34 +126,29 @@ is_inside(uint64_t turn)
     return turn & 1;
 }
 
-/* A nap of so many ticks. false: it was cut short. */
-static bool
-nap(pf_crew *crew, sleeper *self, int ticks)
+static int
+await(sleeper *self)
 {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += ticks * crew->tick_ns;
-    while (until.tv_nsec >= 1000000000L) {
-        until.tv_nsec -= 1000000000L;
-        until.tv_sec++;
-    }
-    return pthread_cond_timedwait(&self->wake, &crew->lock, &until) == ETIMEDOUT;
+    int told;
+    while ((told = atomic_load(&self->told)) == NOTHING)
+        sleep_on(self, 0);
+    return told;
 }
 
 /* The announcement comes before the second look at the stamp: either we see that a
- * handler has begun, or it sees that we doze and wakes us. */
+ * handler has begun, or it sees that we doze and tells us to look. */
 static void
 doze(pf_crew *crew, sleeper *self)
 {
     atomic_store(&crew->dozing, true);
     if (!is_inside(atomic_load(&crew->turn)))
-        pthread_cond_wait(&self->wake, &crew->lock);
+        sleep_on(self, 0);
     atomic_store(&crew->dozing, false);
 }
 
 /* One look. true: the handler that it saw has stalled. */
 static bool
-watch(pf_crew *crew, sleeper *self, int *quiet)
+look(pf_crew *crew, sleeper *self, int *quiet)
 {
     uint64_t seen = atomic_load(&crew->turn);
     if (*quiet >= QUIET_TICKS && !is_inside(seen)) {
@@ -140,62 +156,74 @@ watch(pf_crew *crew, sleeper *self, int *quiet)
         *quiet = 0;
         return false;
     }
-    int ticks = crew->calm < CALM_TICKS ? 1 : CALM_NAP;
-    if (!nap(crew, self, ticks))
+    int ticks = atomic_load(&crew->calm) < CALM_TICKS ? 1 : CALM_NAP;
+    if (sleep_on(self, ticks * crew->tick_ns))
         return false;
     uint64_t now = atomic_load(&crew->turn);
-    bool stalled = now == seen && is_inside(now);
     *quiet = now == seen ? *quiet + ticks : 0;
-    crew->calm = stalled ? 0 : crew->calm + (crew->calm < CALM_TICKS);
-    return stalled;
+    if (atomic_load(&crew->calm) < CALM_TICKS)
+        atomic_fetch_add(&crew->calm, ticks);
+    return now == seen && is_inside(now);
+}
+
+/* Returns PF_CREW_*. */
+static int
+watch(pf_crew *crew, sleeper *self)
+{
+    int quiet = 0;
+    for (;;) {
+        int told = atomic_load(&self->told);
+        if (told > 0)
+            return told;
+        if (told < 0)
+            atomic_compare_exchange_strong(&self->told, &told, NOTHING);
+        else if (look(crew, self, &quiet))
+            return PF_CREW_STALLED;
+    }
 }
 
 /* Somebody stays on watch as long as anybody stands by. */
-static void
-leave(pf_crew *crew, const sleeper *self)
+static int
+end_watch(pf_crew *crew, sleeper *self, int reason)
 {
-    if (crew->watcher != self)
-        return;
+    pthread_mutex_lock(&crew->lock);
     crew->watcher = pop(crew);
-    if (crew->watcher != NULL)
-        pthread_cond_signal(&crew->watcher->wake);
+    if (crew->watcher != NULL) {
+        crew->watcher->watches = true;
+        tell(crew->watcher, TO_WATCH);
+    }
+    pthread_mutex_unlock(&crew->lock);
+    int told = atomic_load(&self->told); /* perhaps since: but it is the last */
+    return told > 0 ? told : reason;
 }
 
+/* What it has to do at first: PF_CREW_CLOSED, TO_WATCH, or NOTHING. */
 static int
-stand_by(pf_crew *crew, sleeper *self)
+join(pf_crew *crew, sleeper *self)
 {
-    int quiet = 0;
-    if (crew->closed)
-        return PF_CREW_CLOSED; /* and joins nobody, who could look for it later */
-    if (crew->watcher == NULL)
+    int told = NOTHING;
+    pthread_mutex_lock(&crew->lock);
+    if (crew->closed) {
+        told = PF_CREW_CLOSED; /* it joins nobody, who could look for it later */
+    } else if (crew->watcher == NULL) {
+        told = TO_WATCH;
+        self->watches = true;
         crew->watcher = self;
-    else
+    } else {
         push(crew, self);
-    for (;;) {
-        if (crew->closed)
-            return PF_CREW_CLOSED;
-        if (self->called)
-            return PF_CREW_CALLED;
-        if (crew->watcher != self)
-            pthread_cond_wait(&self->wake, &crew->lock);
-        else if (watch(crew, self, &quiet))
-            return self->called ? PF_CREW_CALLED : PF_CREW_STALLED;
     }
+    pthread_mutex_unlock(&crew->lock);
+    return told;
 }
 
 int
 pf_crew_wait(pf_crew *crew)
 {
-    sleeper self;
-    int rc = open_sleeper(&self);
-    if (rc < 0)
-        return rc;
-    pthread_mutex_lock(&crew->lock);
-    rc = stand_by(crew, &self);
-    leave(crew, &self);
-    pthread_mutex_unlock(&crew->lock);
-    pthread_cond_destroy(&self.wake);
-    return rc;
+    sleeper self = {.next = NULL};
+    int told = join(crew, &self);
+    if (told == NOTHING)
+        told = await(&self);
+    return self.watches ? end_watch(crew, &self, watch(crew, &self)) : told;
 }
 
 /* ---- leading ------------------------------------------------------------------------*/
@@ -204,7 +232,7 @@ wake_watcher(pf_crew *crew)
 {
     pthread_mutex_lock(&crew->lock);
     if (crew->watcher != NULL)
-        pthread_cond_signal(&crew->watcher->wake);
+        tell(crew->watcher, TO_LOOK);
     pthread_mutex_unlock(&crew->lock);
 }
 
@@ -228,14 +256,12 @@ bool
 pf_crew_call(pf_crew *crew)
 {
     pthread_mutex_lock(&crew->lock);
-    crew->calm = 0;
+    atomic_store(&crew->calm, 0);
     sleeper *chosen = pop(crew);
     if (chosen == NULL)
         chosen = crew->watcher;
-    if (chosen != NULL && !chosen->called) {
-        chosen->called = true;
-        pthread_cond_signal(&chosen->wake);
-    }
+    if (chosen != NULL)
+        tell(chosen, PF_CREW_CALLED);
     pthread_mutex_unlock(&crew->lock);
     return chosen != NULL;
 }
@@ -245,10 +271,10 @@ pf_crew_close(pf_crew *crew)
 {
     pthread_mutex_lock(&crew->lock);
     crew->closed = true;
-    for (sleeper *each = crew->idle; each != NULL; each = each->next)
-        pthread_cond_signal(&each->wake);
+    sleeper *each;
+    while ((each = pop(crew)) != NULL)
+        tell(each, PF_CREW_CLOSED);
     if (crew->watcher != NULL)
-        pthread_cond_signal(&crew->watcher->wake);
-    crew->idle = NULL;
+        tell(crew->watcher, PF_CREW_CLOSED);
     pthread_mutex_unlock(&crew->lock);
 }
