@@ -34,6 +34,7 @@ enum { NOTHING = 0, TO_WATCH = -1, TO_LOOK = -2 };
 
 typedef struct sleeper {
     struct sleeper *next;
+    unsigned long name;
     bool watches;
     atomic_int told;
 } sleeper;
@@ -217,9 +218,9 @@ join(pf_crew *crew, sleeper *self)
 }
 
 int
-pf_crew_wait(pf_crew *crew)
+pf_crew_wait(pf_crew *crew, unsigned long name)
 {
-    sleeper self = {.next = NULL};
+    sleeper self = {.name = name};
     int told = join(crew, &self);
     if (told == NOTHING)
         told = await(&self);
@@ -252,18 +253,38 @@ pf_crew_end(pf_crew *crew)
     atomic_store_explicit(&crew->turn, turn + 1, memory_order_release);
 }
 
-bool
-pf_crew_call(pf_crew *crew)
+/* Tell who came last, or the watcher if there is nobody else. false: nobody stands by.
+ * name: who that is; 0 if it is on its way already. */
+static bool
+wake_one(pf_crew *crew, int what, unsigned long *name)
 {
+    *name = 0;
     pthread_mutex_lock(&crew->lock);
     atomic_store(&crew->calm, 0);
     sleeper *chosen = pop(crew);
     if (chosen == NULL)
         chosen = crew->watcher;
-    if (chosen != NULL)
-        tell(chosen, PF_CREW_CALLED);
+    if (chosen != NULL && atomic_load(&chosen->told) <= 0) {
+        *name = chosen->name;
+        tell(chosen, what);
+    }
     pthread_mutex_unlock(&crew->lock);
     return chosen != NULL;
+}
+
+bool
+pf_crew_call(pf_crew *crew)
+{
+    unsigned long name;
+    return wake_one(crew, PF_CREW_CALLED, &name);
+}
+
+unsigned long
+pf_crew_appoint(pf_crew *crew)
+{
+    unsigned long name;
+    wake_one(crew, PF_CREW_APPOINTED, &name);
+    return name;
 }
 
 void

@@ -461,15 +461,24 @@ uint64_t pf_scoreboard_bound(int bucket);    /* its upper bound in microseconds 
  */
 typedef struct pf_crew pf_crew;
 
-enum pf_crew_reason { PF_CREW_CALLED = 1, PF_CREW_STALLED = 2, PF_CREW_CLOSED = 3 };
+enum pf_crew_reason {
+    PF_CREW_CALLED = 1,
+    PF_CREW_STALLED = 2,
+    PF_CREW_CLOSED = 3,
+    PF_CREW_APPOINTED = 4, /* it leads already */
+};
 
 int pf_crew_open(pf_crew **out, int tick_ms); /* a handler has stalled when it has run
                                                  for one to two ticks; the first one in
                                                  a while, for five to ten */
-int pf_crew_wait(pf_crew *crew);   /* sleeps: stand by. PF_CREW_*, or -errno */
+int pf_crew_wait(pf_crew *crew,
+                 unsigned long name); /* sleeps: stand by, known by a name that is not
+                                         0. PF_CREW_*, or -errno */
 void pf_crew_begin(pf_crew *crew); /* the leader enters a handler */
 void pf_crew_end(pf_crew *crew);   /* and has left it, or somebody leads in its place */
 bool pf_crew_call(pf_crew *crew);  /* wake one who stands by; false: nobody does */
+unsigned long pf_crew_appoint(pf_crew *crew); /* wake one who stands by, to lead: its
+                                                 name; 0: nobody is to be had */
 void pf_crew_close(pf_crew *crew); /* whoever stands by, or will, is told CLOSED */
 void pf_crew_free(pf_crew *crew);  /* when nobody waits any more */
 

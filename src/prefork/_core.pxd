@@ -331,12 +331,14 @@ cdef extern from "prefork.h" nogil:
         PF_CREW_CALLED
         PF_CREW_STALLED
         PF_CREW_CLOSED
+        PF_CREW_APPOINTED
 
     int pf_crew_open(pf_crew **out, int tick_ms)
-    int pf_crew_wait(pf_crew *crew) nogil
+    int pf_crew_wait(pf_crew *crew, unsigned long name) nogil
     void pf_crew_begin(pf_crew *crew)
     void pf_crew_end(pf_crew *crew)
     bint pf_crew_call(pf_crew *crew)
+    unsigned long pf_crew_appoint(pf_crew *crew)
     void pf_crew_close(pf_crew *crew)
     void pf_crew_free(pf_crew *crew)
 
@@ -437,10 +439,11 @@ cdef class Scoreboard:
 
 cdef class Crew:
     cdef pf_crew *handle
-    cdef int stand_by(self) except -1
+    cdef int stand_by(self, Loop loop) except -1
     cdef void begin(self) noexcept
     cdef void end(self) noexcept
     cdef bint call(self)
+    cdef unsigned long appoint(self)
 
 cdef enum:
     BATCH = 64  # events handed out in one turn
@@ -460,6 +463,8 @@ cdef class Loop:
     cdef object __weakref__
     cdef pf_loop *opened(self) except NULL
     cdef int wait_batch(self, int timeout_ms) except -1
+    cdef void lie_down(self) noexcept
+    cdef int get_up(self, int count) except -1
     cdef void forget(self, pf_request *loan) noexcept
     cdef int64_t touch(self)
     cdef int64_t now(self)
@@ -479,6 +484,7 @@ cdef class Request:
     cdef object peer          # (host, port), or the Origin that proxies tell
     cdef object local
     cdef public object exchange
+    cdef double handed_on     # when, if the loop was before the handler began, else 0
     cdef void lend(self, Loop loop, pf_request *loan) noexcept
     cdef bint is_whole(self)
     cdef const char *bytes(self)

@@ -31,6 +31,7 @@ cdef extern from "Python.h":
     int PyUnicode_KIND(object text)
     void *PyUnicode_DATA(object text)
     int PyObject_AsFileDescriptor(object file) except -1
+    unsigned long PyThread_get_thread_ident()
 
 from prefork.errors import ClientDisconnected, ProtocolError, RequestError
 
@@ -459,12 +460,22 @@ cdef class Crew:
         if self.handle is not NULL:
             pf_crew_free(self.handle)
 
-    cdef int stand_by(self) except -1:
-        """Sleep until needed: PF_CREW_CALLED, _STALLED or _CLOSED."""
+    cdef int stand_by(self, Loop loop) except -1:
+        """Sleep until needed: PF_CREW_CALLED, _STALLED or _CLOSED.
+
+        Who is PF_CREW_APPOINTED has gone on to the loop, and comes back with a batch:
+        it did not need the GIL in between, which who appointed it still had.
+        """
         cdef pf_crew *handle = self.handle
+        cdef unsigned long name = PyThread_get_thread_ident()
         cdef int reason
+        cdef int count = 0
         with nogil:
-            reason = pf_crew_wait(handle)
+            reason = pf_crew_wait(handle, name)
+            if reason == PF_CREW_APPOINTED:
+                count = pf_loop_wait(loop.handle, loop.events, BATCH, -1)
+        if reason == PF_CREW_APPOINTED:
+            loop.get_up(count)
         return check(reason)
 
     cdef void begin(self) noexcept:
@@ -478,6 +489,10 @@ cdef class Crew:
     cdef bint call(self):
         """Wake one who stands by; False: nobody does."""
         return pf_crew_call(self.handle)
+
+    cdef unsigned long appoint(self):
+        """Wake one who stands by, to lead: which thread. 0: nobody is free."""
+        return pf_crew_appoint(self.handle)
 
     def close(self):
         """Whoever stands by, or will, is told CLOSED. Any thread."""
@@ -642,9 +657,17 @@ cdef class Loop:
         """One turn: fills self.events, returns how many; drops released bodies."""
         cdef pf_loop *handle = self.handle
         cdef int count
-        self.asleep = self.waiting = True
+        self.lie_down()
         with nogil:
             count = pf_loop_wait(handle, self.events, BATCH, timeout_ms)
+        return self.get_up(count)
+
+    cdef void lie_down(self) noexcept:
+        """From now on its thread is at work without the GIL,"""
+        self.asleep = self.waiting = True
+
+    cdef int get_up(self, int count) except -1:
+        """and from now on no more: it comes back with so many events."""
         self.asleep = self.waiting = False
         self.count = max(count, 0)
         return check(count)

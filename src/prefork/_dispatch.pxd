@@ -60,7 +60,10 @@ cdef class Dispatcher:
     cdef int pump(self, pf_request *loan) except -1
     cdef bint leads(self)
     cdef int enter(self, Request request) except -1
-    cdef bint leave(self) except -1
+    cdef bint leave(self, Request request) except -1
+    cdef bint hand_on(self, Request request) except -1
+    cdef int heed(self, int count) except -1
+    cdef int settle_account(self, Request request) except -1
     cdef int expect_to_block(self) except -1
     cdef bint claim(self) except -1
     cdef int nudge(self) except -1

@@ -24,6 +24,7 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import Future
+from time import monotonic
 
 from cpython.dict cimport PyDict_GetItem
 from cpython.exc cimport PyErr_CheckSignals
@@ -32,6 +33,7 @@ from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t
 
 from prefork._core cimport (
+    PF_CREW_APPOINTED,
     PF_CREW_CALLED,
     PF_CREW_CLOSED,
     PF_EVENT_BODY,
@@ -170,15 +172,21 @@ cdef class Dispatcher:
             return self.handle(&held.event)
         if self.at == self.count:
             self.at = self.count = 0
-            self.count = self.loop.wait_batch(timeout_ms)
-            if self.over:  # while it slept
-                self.nudge()
+            self.heed(self.loop.wait_batch(timeout_ms))
+            if self.over:
                 return 0
-            if not self.simple and self.desk.has_notices:
-                self.desk.take_notices()
         if self.at < self.count:
             self.at += 1
             self.handle(&self.loop.events[self.at - 1])
+        return 0
+
+    cdef int heed(self, int count) except -1:
+        """The loop's thread is awake, with so many events."""
+        self.at, self.count = 0, count
+        if self.over:  # while it slept
+            self.nudge()
+        elif not self.simple and self.desk.has_notices:
+            self.desk.take_notices()
         return 0
 
     cdef int handle(self, pf_event *event) except -1:
@@ -400,7 +408,7 @@ cdef class Dispatcher:
         except BaseException as raised:
             error = raised
         self.check_fork(error)
-        if self.leave():
+        if self.leave(request):
             return True, result, error
         self.post(then, result, error)
         return False, None, None
@@ -415,6 +423,8 @@ cdef class Dispatcher:
         """A handler begins: while it runs, the lead may be claimed."""
         if self.crew is None or self.leader != PyThread_get_thread_ident():
             return 0
+        if self.eager > 0 and self.hand_on(request):
+            return 0
         self.current = request
         self.inside = True
         self.crew.begin()
@@ -422,11 +432,42 @@ cdef class Dispatcher:
             self.coming = self.crew.call()
         return 0
 
-    cdef bint leave(self) except -1:
+    cdef bint hand_on(self, Request request) except -1:
+        """Appoint who leads while a handler runs that is likely to block.
+
+        With nothing left of the batch, that thread lies down in the loop without
+        having had the GIL, which the handler has: claiming the lead it would ask for
+        the GIL too early, and be put to sleep and woken once more.
+        """
+        if (self.at < self.count or self.loop.called or self.held or self.coming
+                or self.over or self.drained or request.loan is NULL):
+            return False
+        request.hold()
+        request.detach()
+        cdef unsigned long successor = self.crew.appoint()
+        if successor == 0:
+            return False
+        self.leader = successor
+        self.loop.lie_down()
+        request.handed_on = monotonic()
+        return True
+
+    cdef int settle_account(self, Request request) except -1:
+        """A handler has ended before which the loop was handed on: was it worth it?"""
+        if (monotonic() - request.handed_on) * 1000 >= BATCH_MS:
+            self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
+        elif self.eager > 0:
+            self.eager -= 1
+        request.handed_on = 0
+        return 0
+
+    cdef bint leave(self, Request request) except -1:
         """It has ended. False: somebody else leads."""
         cdef int64_t before
         if self.crew is None:
             return True
+        if request.handed_on > 0:
+            self.settle_account(request)
         if self.leader != PyThread_get_thread_ident():
             return False
         if not self.inside:
@@ -502,11 +543,14 @@ cdef class Dispatcher:
                 continue
             self.standing += 1
             try:
-                reason = self.crew.stand_by()
+                reason = self.crew.stand_by(self.loop)
             finally:
                 self.standing -= 1
             if reason == PF_CREW_CALLED:
                 self.coming = False
+            elif reason == PF_CREW_APPOINTED:
+                self.heed(self.loop.count)
+                self.lead()
             elif reason == PF_CREW_CLOSED:
                 return
 

@@ -200,7 +200,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         except BaseException as raised:
             error = raised
         self.check_fork(error)
-        if self.leave():
+        if self.leave(request):
             self.settle(request, result, error)
         elif type(result) is bytes or type(result) is str:
             self.deliver(self.settle, request, result, error)

@@ -505,7 +505,7 @@ cdef class Answer:
         if not dispatcher.leads():
             dispatcher.deliver(self.hint_posted, fields)
             return 0
-        dispatcher.leave()
+        dispatcher.leave(self.request)
         try:
             self.hint_now(fields)
         finally:
@@ -649,7 +649,7 @@ cdef class Answer:
                 self.close_gate()
             dispatcher.deliver(self.write_posted, data)
         else:
-            dispatcher.leave()
+            dispatcher.leave(self.request)
             try:
                 self.write_now(data)
                 full = self.pending >= HIGH_WATER
@@ -753,7 +753,7 @@ cdef class Answer:
         if not dispatcher.leads():
             dispatcher.deliver(self.want_body_now)
         else:
-            dispatcher.leave()
+            dispatcher.leave(self.request)
             try:
                 self.want_body_now()
             finally:
@@ -804,7 +804,7 @@ cdef class Answer:
         cdef Dispatcher dispatcher = self.dispatcher
         dispatcher.check_fork(error)
         self.parts = None
-        if not dispatcher.leave():
+        if not dispatcher.leave(self.request):
             dispatcher.deliver(self.end_now, body, error)
             self.clean_up()
             return 0
@@ -817,7 +817,7 @@ cdef class Answer:
                     dispatcher.loop.flush()
                 dispatcher.enter(self.request)
                 self.clean_up()
-                dispatcher.leave()
+                dispatcher.leave(self.request)
         return 0
 
     cpdef end_now(self, body, error):

@@ -10,17 +10,17 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TICK_MS = 1, THREADS = 4 };
+enum { TICK_MS = 1, THREADS = 4, NAME = 7 };
 
 static pf_crew *crew;
-static atomic_int woken[4]; /* by PF_CREW_* */
+static atomic_int woken[5]; /* by PF_CREW_* */
 static atomic_int ended;
 
 static void
 open_crew(void)
 {
     assert(pf_crew_open(&crew, TICK_MS) == 0);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         atomic_store(&woken[i], 0);
     atomic_store(&ended, 0);
 }
@@ -31,7 +31,7 @@ stand_by(void *unused)
 {
     int reason;
     do {
-        reason = pf_crew_wait(crew);
+        reason = pf_crew_wait(crew, NAME);
         assert(reason > 0);
         atomic_fetch_add(&woken[reason], 1);
     } while (reason != PF_CREW_CLOSED);
@@ -122,6 +122,30 @@ who_is_called_wakes_once(void)
 }
 
 static void
+appoint_often(void)
+{
+    int appointed = 0;
+    for (int i = 0; i < 500; i++) {
+        unsigned long name = pf_crew_appoint(crew);
+        assert(name == NAME || name == 0);
+        appointed += name != 0;
+        if (i % 50 == 0)
+            pause_ms(1);
+    }
+    assert(appointed > 0);
+    await(&woken[PF_CREW_APPOINTED], appointed);
+    assert(atomic_load(&woken[PF_CREW_APPOINTED]) == appointed);
+    assert(atomic_load(&woken[PF_CREW_CALLED]) == 0);
+}
+
+static void
+who_is_appointed_knows_it(void)
+{
+    with_threads(appoint_often, THREADS);
+    with_threads(appoint_often, 1);
+}
+
+static void
 doze_and_stall(void)
 {
     pause_ms(150); /* the watcher dozes by now, and the handler must wake it */
@@ -159,11 +183,11 @@ static void
 nobody_stands_by_and_nobody_can_be_called(void)
 {
     open_crew();
-    assert(!pf_crew_call(crew));
+    assert(!pf_crew_call(crew) && pf_crew_appoint(crew) == 0);
     pf_crew_begin(crew);
     pf_crew_end(crew);
     pf_crew_close(crew);
-    assert(pf_crew_wait(crew) == PF_CREW_CLOSED);
+    assert(pf_crew_wait(crew, NAME) == PF_CREW_CLOSED);
     pf_crew_free(crew);
 }
 
@@ -196,9 +220,9 @@ come_late(void)
 {
     pause_ms(2); /* there is a watcher by now */
     pf_crew_close(crew);
-    assert(pf_crew_wait(crew) == PF_CREW_CLOSED);
+    assert(pf_crew_wait(crew, NAME) == PF_CREW_CLOSED);
     await(&ended, 1);
-    assert(!pf_crew_call(crew));
+    assert(!pf_crew_call(crew) && pf_crew_appoint(crew) == 0);
 }
 
 static void
@@ -214,6 +238,7 @@ main(void)
     a_handler_that_stalls_is_told();
     fast_handlers_wake_nobody();
     who_is_called_wakes_once();
+    who_is_appointed_knows_it();
     a_handler_after_a_quiet_time_is_watched();
     a_handler_that_stalls_after_many_that_did_not_is_told();
     nobody_stands_by_and_nobody_can_be_called();
