@@ -1424,6 +1424,33 @@ def test_a_task_tells_of_the_app_that_it_runs(batch):
     assert set(batch.ask(app)) == {b"__call__ CORO_RUNNING __call__"}
 
 
+def test_what_apps_do_to_their_scopes_is_their_own(batch):
+    kept: list[Any] = []
+
+    async def app(scope, receive, send):
+        parts = [scope, *(scope[name] for name in ("asgi", "extensions", "state"))]
+        assert all("mark" not in part for part in parts)
+        assert scope["headers"][-1] == (b"host", b"a")
+        assert scope["asgi"]["version"] == "3.0" and len(scope["extensions"]) == 3
+        number = int(scope["path"][1:])
+        if number % 4 == 0:
+            scope["asgi"]["mark"] = scope["extensions"]["mark"] = 1
+            scope["state"]["mark"] = scope["mark"] = 1
+            scope["headers"].append((b"mark", b"1"))
+        elif number % 4 == 1:
+            kept.append((scope["asgi"], scope["state"], scope["headers"]))
+        elif number % 4 == 2:
+            scope["asgi"]["version"] = "2.0"
+            scope["extensions"].popitem()
+            scope["headers"][-1] = (b"host", b"y")
+        await answer(send, scope["raw_path"])
+
+    found = batch.ask(app, count=12)
+    assert found == [b"/%d" % n for n in range(12)]
+    assert len({id(part) for parts in kept for part in parts}) == 9
+    assert all(parts[1:] == ({}, [(b"host", b"a")]) for parts in kept)
+
+
 def test_methods_that_an_app_has_kept_stay_its_own(batch):
     kept: list[Any] = []
 

@@ -1,5 +1,6 @@
 # cython: language_level=3
 """ASGI over HTTP, as WebSockets build on it. The theory stands in _asgi.pyx."""
+cimport cython
 from libc.stdint cimport int64_t
 
 from prefork cimport _dispatch
@@ -26,10 +27,21 @@ cdef enum:  # what the app has sent
     COMPLETE   # all
 
 
+@cython.final
+cdef class Mapping:
+    cdef str name       # in a scope
+    cdef dict original
+    cdef dict lent      # in the template of scopes as well
+
+    cdef int lend(self, dict template) except -1
+    cdef bint is_same(self) noexcept
+
+
 cdef class Dispatcher(_dispatch.Dispatcher):
     cdef dict template
-    cdef dict state        # of the lifespan
-    cdef dict extensions
+    cdef Mapping versions
+    cdef Mapping extensions
+    cdef Mapping state     # of the lifespan
     cdef str root_path
     cdef bytes raw_root
     cdef Blocks blocks     # of header fields, and lists of them

@@ -18,13 +18,19 @@ from urllib.parse import unquote_to_bytes
 
 cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
-from cpython.dict cimport PyDict_Copy, PyDict_GetItemWithError, PyDict_SetItem
-from cpython.list cimport PyList_GET_SIZE, PyList_GetSlice
+from cpython.dict cimport (
+    PyDict_Copy,
+    PyDict_GetItemWithError,
+    PyDict_Next,
+    PyDict_SetItem,
+)
+from cpython.list cimport PyList_GET_SIZE
 from cpython.object cimport PyObject, PyObject_Call
 from cpython.ref cimport Py_DECREF
-from cpython.unicode cimport PyUnicode_DecodeLatin1
+from cpython.tuple cimport PyTuple_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeLatin1, PyUnicode_GET_LENGTH
 from libc.stdint cimport int64_t
-from libc.string cimport memchr
+from libc.string cimport memchr, memcmp
 
 from prefork import _core as core
 from prefork.errors import ClientDisconnected
@@ -62,6 +68,9 @@ except ImportError:
 cdef extern from "Python.h":
     void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
     Py_ssize_t refs "Py_REFCNT" (PyObject *thing)  # of an object, Cython makes one more
+    Py_ssize_t PyDict_GET_SIZE(dict mapping)
+    int PyUnicode_KIND(object text)
+    void *PyUnicode_DATA(object text)
     bint PyContext_CheckExact(object thing)
     cdef enum PySendResult:
         PYGEN_RETURN
@@ -80,6 +89,7 @@ cdef enum:
     HIGH_WATER = 65536  # bytes pending above which send() waits for room
     AF_UNIX = 1
 
+cdef list NONE = []  # of an answer's fields
 cdef str GET = sys.intern("GET")
 cdef str METHOD = sys.intern("method")
 cdef str PATH = sys.intern("path")
@@ -183,6 +193,67 @@ cdef list joined(list waiters, waiter):
     return found
 
 
+# ---- What is lent to apps ----
+
+@cython.final
+cdef class Mapping:
+    """A dict of which every scope has a copy: the last one once more if nobody has it,
+    and nobody has changed it."""
+
+    cdef int lend(self, dict template) except -1:
+        """Have the next copy of the template contain one."""
+        if refs(<PyObject *>self.lent) != 2 or not self.is_same():
+            self.lent = PyDict_Copy(self.original)
+            PyDict_SetItem(template, self.name, self.lent)
+        return 0
+
+    cdef bint is_same(self) noexcept:
+        """Whether it is what it was; by identity, which asks nobody's __eq__."""
+        cdef Py_ssize_t at = 0, original_at = 0
+        cdef PyObject *key
+        cdef PyObject *value
+        cdef PyObject *original_key
+        cdef PyObject *original_value
+        if PyDict_GET_SIZE(self.lent) != PyDict_GET_SIZE(self.original):
+            return False
+        if PyDict_GET_SIZE(self.lent) == 0:
+            return True
+        while PyDict_Next(self.original, &original_at, &original_key, &original_value):
+            if (not PyDict_Next(self.lent, &at, &key, &value)
+                    or key != original_key or value != original_value):
+                return False
+        return True
+
+
+@cython.final
+cdef class Pairs:
+    """Header fields, of which scopes have lists: the last one once more, likewise."""
+
+    cdef tuple original
+    cdef list lent
+
+    cdef list lend(self):
+        cdef Py_ssize_t size = PyTuple_GET_SIZE(self.original)
+        if (refs(<PyObject *>self.lent) != 1 or PyList_GET_SIZE(self.lent) != size
+                or memcmp(PySequence_Fast_ITEMS(self.lent),
+                          PySequence_Fast_ITEMS(self.original),
+                          size * sizeof(PyObject *)) != 0):
+            self.lent = list(self.original)
+        return self.lent
+
+
+cdef Mapping mapping_of(str name, dict original):
+    cdef Mapping found = Mapping.__new__(Mapping)
+    found.name, found.original, found.lent = name, original, {}
+    return found
+
+
+cdef Pairs pairs_of(list pairs):
+    cdef Pairs found = Pairs.__new__(Pairs)
+    found.original, found.lent = tuple(pairs), []
+    return found
+
+
 # ---- Messages ----
 
 cdef object value_of(message, str key, object default):
@@ -195,10 +266,12 @@ cdef object value_of(message, str key, object default):
 
 
 cdef bint is_text(object text, str known) except -1:
-    """text == known. Names of messages are not interned: they are compared in place."""
-    if type(text) is str:
-        return <str>text == known
-    return text == known
+    """text == known, which is of ASCII. What has a dot in it is never interned."""
+    cdef Py_ssize_t size = PyUnicode_GET_LENGTH(known)
+    if type(text) is not str:
+        return text == known
+    return (PyUnicode_GET_LENGTH(text) == size and PyUnicode_KIND(text) == 1
+            and memcmp(PyUnicode_DATA(text), PyUnicode_DATA(known), size) == 0)
 
 
 # ---- scope ----
@@ -221,8 +294,9 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.no_server = True
         self.root_path = root_path
         self.raw_root = root_path.encode()
-        self.extensions = {name: {} for name in extensions}
-        self.state = state
+        self.versions = mapping_of(ASGI, VERSIONS)
+        self.extensions = mapping_of(EXTENSIONS, {name: {} for name in extensions})
+        self.state = mapping_of(STATE, state)
         self.blocks = Blocks()
 
     def attach(self, loop, unix_path):
@@ -299,7 +373,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         cdef const pf_field *field
         found = self.blocks.find(head, data)
         if found is not None:
-            return PyList_GetSlice(<list>found, 0, PyList_GET_SIZE(<list>found))
+            return (<Pairs>found).lend()
         pairs = []
         for i in range(head.nfields):
             field = &head.fields[i]
@@ -310,19 +384,20 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             value = data[field.value_at:field.value_at + field.value_len]
             pairs.append((name, value))
         if self.blocks.again is not NULL:
-            self.blocks.keep(head, data, pairs[:])
+            self.blocks.keep(head, data, pairs_of(pairs))
         return pairs
 
     cdef dict scope(self, Request request):
         """The scope of a request on loan."""
         cdef const pf_head *head = request.head
         cdef const char *data = request.bytes()
-        cdef dict scope = PyDict_Copy(self.template)
-        PyDict_SetItem(scope, ASGI, PyDict_Copy(VERSIONS))
-        PyDict_SetItem(scope, EXTENSIONS, PyDict_Copy(self.extensions))
+        cdef dict scope
+        self.versions.lend(self.template)
+        self.extensions.lend(self.template)
+        self.state.lend(self.template)
+        scope = PyDict_Copy(self.template)
         if request.loop.secured:
             scope[EXTENSIONS]["tls"] = extension_of(request)
-        PyDict_SetItem(scope, STATE, PyDict_Copy(self.state))
         PyDict_SetItem(scope, HEADERS, self.header_list(head, data))
         if not head.flags & PF_HEAD_IS_GET:
             PyDict_SetItem(scope, METHOD, PyUnicode_DecodeLatin1(
@@ -713,7 +788,7 @@ cdef class Exchange:
         """Write the head that was held back."""
         cdef Request request = self.request
         self.stage = WAITING
-        request.start(self.status, None, [])
+        request.start(self.status, None, NONE)
         if self.trailers:
             request.announce_trailers()
         try:
