@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from programs import Program, ask
+from programs import SOON, Program, ask
+from websockets.sync.client import connect
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMAND = ["-m", "prefork", "--bind", "127.0.0.1:0", "--workers", "1"]
@@ -59,6 +61,23 @@ def test_coroutines_answer(path, body, answer):
     command = [*COMMAND, "--app-dir", str(EXAMPLES), "coroutines:app"]
     with Program(command) as program:
         assert get(served_by(program), path, body).endswith(answer)
+        stop(program)
+
+
+def test_the_chat_brings_what_one_says_to_all():
+    with Program([*COMMAND, "--app-dir", str(EXAMPLES), "chat:app"]) as program:
+        address = served_by(program)
+        assert b"new WebSocket(" in get(address, "/")
+        with ExitStack() as stack:
+            one, two = (
+                stack.enter_context(connect(f"ws://{address}/", open_timeout=SOON))
+                for _ in range(2)
+            )
+            assert two.recv(SOON) == "2 are here"
+            one.send("hello")
+            assert two.recv(SOON) == "hello"
+            while one.recv(SOON) != "hello":
+                pass
         stop(program)
 
 
