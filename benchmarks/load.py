@@ -70,7 +70,8 @@ class Scenario:
     run: Callable[[Scenario, Target], Sample]
     connections: int = 64
     arguments: tuple[str, ...] = ()
-    answer: str = "app"  # what the server is to serve: "app", "big" or "echo"
+    answer: str = "app"  # what the server is to serve: "app", "big", "echo" ...
+    module: str = ""  # where that is, if not where the server's other apps are
     close: bool = False  # every answer ends its connection
     tls: bool = False
     workers: int = 1
@@ -350,6 +351,20 @@ _ALL = (
     ),
     Scenario(
         "big", "answers of 1 MiB, keep-alive, 64 connections", run_wrk, answer="big"
+    ),
+    Scenario(
+        "fastapi",
+        "JSON of FastAPI, keep-alive, 64 connections",
+        run_wrk,
+        answer="api",
+        module="fastapi_hello",
+    ),
+    Scenario(
+        "json10k",
+        "POST of 10 KiB of JSON, parsed and sent back, keep-alive, 64 connections",
+        run_wrk,
+        arguments=(f"--script={HERE / 'json.lua'}",),
+        answer="echo_json",
     ),
     Scenario(
         "ws512",

@@ -116,6 +116,8 @@ class Server:
         return self.command(site)
 
 
+LENGTHS = {"big": 1 << 20, "echo_json": 10 << 10}  # of answers that are not hello
+
 # ---- Command lines -----------------------------------------------------------------
 
 
@@ -123,8 +125,8 @@ def limit(site: Site) -> list[str]:
     command = [program("limit")]
     if site.scenario.close:
         command.append("--close")
-    if site.app == "big":
-        command.append(f"--body={1 << 20}")
+    if site.app in LENGTHS:
+        command.append(f"--body={LENGTHS[site.app]}")
     if site.app == "echo":
         command.append("--websocket")
     return command
@@ -144,7 +146,7 @@ def prefork(module: str, *options: str) -> Callable[[Site], list[str]]:
         path = site.python.parent / "prefork"
         if not path.exists():
             raise Unavailable(f"prefork is not installed for {site.python.name}")
-        app = f"{module}:{site.app}"
+        app = f"{site.scenario.module or module}:{site.app}"
         bind = f"127.0.0.1:{site.port}"
         tls = site.tls("--certfile", "--keyfile")
         workers = ["--workers", site.workers]
@@ -210,8 +212,9 @@ http {{
 
 
 def uvicorn(site: Site) -> list[str]:
+    app = f"{site.scenario.module or 'asgi'}:{site.app}"
     return [
-        *(site.peer("uvicorn"), f"asgi:{site.app}", "--port", str(site.port)),
+        *(site.peer("uvicorn"), app, "--port", str(site.port)),
         *("--loop", "uvloop", "--http", "httptools", "--workers", site.workers),
         *("--log-level", "error", "--no-access-log"),
         *("--timeout-keep-alive", "75", "--backlog", "4096"),
@@ -221,8 +224,9 @@ def uvicorn(site: Site) -> list[str]:
 
 def granian(interface: str, module: str = "") -> Callable[[Site], list[str]]:
     def command(site: Site) -> list[str]:
+        app = f"{site.scenario.module or module or interface}:{site.app}"
         return [
-            *(site.peer("granian"), f"{module or interface}:{site.app}"),
+            *(site.peer("granian"), app),
             *("--interface", interface, "--port", str(site.port)),
             *("--workers", site.workers, "--backlog", "16384"),
             *("--log-level", "error", "--no-access-log"),
@@ -298,6 +302,7 @@ def _script(site: Site, package: str, code: str) -> list[str]:
 
 
 _EVERYTHING = ("app", "big", "echo")
+_ASGI = (*_EVERYTHING, "api", "echo_json")
 
 
 def _framework(name: str) -> Iterator[Server]:
@@ -314,18 +319,18 @@ def _framework(name: str) -> Iterator[Server]:
 
 
 _ALL = (
-    Server("limit", limit, prints_port=True, serves=_EVERYTHING),
+    Server("limit", limit, prints_port=True, serves=_ASGI),
     Server("limit-nodefer", limit_without_defer, prints_port=True),
     Server("core", core, prints_port=True),
     Server("prefork", prefork("hello"), serves=_EVERYTHING, tls=True),
     Server("prefork-16", prefork("hello", "--threads", "16")),
     Server("prefork-wsgi", prefork("wsgi"), tls=True),
     Server("prefork-wsgi-16", prefork("wsgi", "--threads", "16"), tls=True),
-    Server("prefork-asgi", prefork("asgi"), serves=_EVERYTHING, tls=True),
+    Server("prefork-asgi", prefork("asgi"), serves=_ASGI, tls=True),
     Server("nginx", nginx, tls=True),
-    Server("uvicorn", uvicorn, serves=_EVERYTHING, tls=True),
+    Server("uvicorn", uvicorn, serves=_ASGI, tls=True),
     Server("granian-wsgi", granian("wsgi"), tls=True),
-    Server("granian-asgi", granian("asgi"), serves=_EVERYTHING, tls=True),
+    Server("granian-asgi", granian("asgi"), serves=_ASGI, tls=True),
     Server("granian-rsgi", granian("rsgi"), serves=_EVERYTHING, tls=True),
     Server("gunicorn", gunicorn_gthread("wsgi"), tls=True),
     Server("uwsgi", uwsgi("wsgi")),

@@ -1,5 +1,7 @@
 """The same answers as hello.py, for ASGI servers."""
 
+import json
+
 BIG = b"x" * (1 << 20)
 
 
@@ -33,6 +35,29 @@ async def big(scope, receive, send):
         }
     )
     await send({"type": "http.response.body", "body": BIG})
+
+
+async def echo_json(scope, receive, send):
+    """JSON is parsed and sent back."""
+    if scope["type"] != "http":
+        return
+    body, more = b"", True
+    while more:
+        event = await receive()
+        body += event["body"]
+        more = event["more_body"]
+    answer = json.dumps(json.loads(body or b"null")).encode()
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(answer)),
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": answer})
 
 
 async def echo(scope, receive, send):
