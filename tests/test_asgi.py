@@ -10,6 +10,8 @@ import contextvars
 import inspect
 import os
 import queue
+import select
+import signal
 import sys
 import threading
 import weakref
@@ -675,6 +677,50 @@ def test_send_goes_on_when_the_client_reads(asgi):
 
     client = asgi(app).client(receive_buffer=4096)
     assert client.ask().body == bytes(100 * size)
+
+
+STREAM = """
+import sys
+from prefork import Server
+
+PART = 65536
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200})
+    try:
+        for number in range((1 << 30) // PART):
+            part = number.to_bytes(4, "big") * (PART // 4)
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    except OSError:
+        print("left", number, flush=True)
+
+Server(app, loop=sys.argv[1], lifespan="off").listen_and_serve(
+    "127.0.0.1:0", on_ready=lambda server: print("ready", *server.address, flush=True)
+)
+"""
+
+
+def peak(pid: int) -> int:
+    """The most memory that a process has held so far, in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+def test_a_reader_of_1_kib_a_second_of_1_gib_costs_no_memory(loop):
+    with Program(["-c", STREAM, loop]) as program:
+        host, port = program.until("ready")
+        with Client((host, int(port)), receive_buffer=4096) as client:
+            client.send(GET)
+            assert b"chunked" in client.until(b"\r\n\r\n")
+            before = peak(program.pid)
+            for _ in range(2):
+                assert client.socket.recv(1024)
+                assert select.select([], [], [client.socket], 1) == ([], [], [])
+            assert peak(program.pid) - before < 1024
+            client.reset()
+        assert int(program.until("left")[0]) < 200  # the rest is the kernel's
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0, program.stderr
 
 
 def test_send_raises_oserror_when_the_client_has_left(asgi):
