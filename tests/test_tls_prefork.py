@@ -718,6 +718,28 @@ def test_tls_watch_is_not_misled_by_what_happens_beside_the_files(
     assert program.stderr.count("have changed") == 1
 
 
+@WAYS
+def test_the_watch_is_the_master_s_alone(run, issued, way):
+    program = run(f"{served(issued, tls_watch=True)}, {way}")
+    ready(program)
+
+    def holders() -> set[int]:
+        parties = [psutil.Process(program.pid)]
+        parties += parties[0].children(recursive=True)
+        return {party.pid for party in parties if "inotify" in files_of(party.pid)}
+
+    assert holders() == {program.pid}
+    program.signal(signal.SIGHUP)
+    program.until_logged("reloaded 2 workers")
+    assert holders() == {program.pid}
+    stop(program)
+
+
+def files_of(pid: int) -> str:
+    """What the descriptors of a process are."""
+    return " ".join(str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+
 # ---- Tickets -------------------------------------------------------------------------
 
 
