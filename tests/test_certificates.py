@@ -332,6 +332,18 @@ def test_a_link_that_leads_elsewhere_is_a_change(place):
     watch.close()
 
 
+def test_a_change_between_the_load_and_the_watch_is_noticed(authority):
+    certificates = Certificates.of(Config(**authority.issue().options))
+    certificates.load()
+    watch = Watch(certificates.paths, certificates.digests)
+    assert not watch.differs()
+    watch.close()
+    authority.issue()
+    watch = Watch(certificates.paths, certificates.digests)
+    assert watch.differs() and not watch.differs()
+    watch.close()
+
+
 def test_what_happens_beside_the_files_is_no_change(watched):
     watch, directory = watched
     (directory / "other").write_text("x")

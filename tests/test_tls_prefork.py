@@ -718,6 +718,26 @@ def test_tls_watch_is_not_misled_by_what_happens_beside_the_files(
     assert program.stderr.count("have changed") == 1
 
 
+def test_tls_watch_sees_what_changed_before_it_began(run, authority, issued, trusting):
+    new = authority.issue(file="renewed")
+    program = run(
+        f"{served(issued, tls_watch=True)}, logger=Renewing()",
+        f"""
+        class Renewing:
+            def printf(self, fmt, *args):
+                line = fmt % args
+                print(line, file=sys.stderr, flush=True)
+                if "certificate of" in line and os.path.exists({str(new.key)!r}):
+                    os.replace({str(new.key)!r}, {str(issued.key)!r})
+                    os.replace({str(new.cert)!r}, {str(issued.cert)!r})
+        """,
+    )
+    address, _ = ready(program)
+    program.until_logged("reloaded 2 workers, generation 2")
+    assert serial(address, trusting) == new.serial
+    stop(program)
+
+
 @WAYS
 def test_the_watch_is_the_master_s_alone(run, issued, way):
     program = run(f"{served(issued, tls_watch=True)}, {way}")

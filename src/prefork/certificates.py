@@ -130,6 +130,7 @@ class Certificates:
         self.config = config
         self.places = places
         self.found: list[_tls.Certificate] = []
+        self.digests: list[bytes | int] = []  # of the files, before they were loaded
 
     @classmethod
     def of(cls, config: Config) -> Certificates | None:
@@ -164,6 +165,7 @@ class Certificates:
 
     def load(self) -> _tls.Tls:
         """Read and check all of them. Raises OSError and CertificateError."""
+        self.digests = [_digest(path) for path in self.paths]
         tls, self.found = self._open(), []
         password = self.config.keyfile_password
         secret = None if password is None else password.encode()
@@ -266,9 +268,13 @@ class Watch:
     What counts is what the files hold, not which events there were: a file is written
     over, another is renamed over it, a link on the way leads elsewhere. Raises OSError
     if the system does not let them be watched.
+
+    known is what they held before: a change may be older than the watch.
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
+    def __init__(
+        self, paths: Iterable[str], known: list[bytes | int] | None = None
+    ) -> None:
         self.paths = [os.path.abspath(path) for path in paths]
         self.events = _open_events()
         try:
@@ -277,7 +283,7 @@ class Watch:
         except OSError:
             self.events.close()
             raise
-        self.known = self._digests()
+        self.known = self._digests() if known is None else known
 
     def fileno(self) -> int:
         """Readable when something has happened: then call read()."""

@@ -517,9 +517,10 @@ class Master:
             return
         self._rotate_tickets()
         if certificates.config.tls_watch:
-            self.watch = Watch(certificates.paths)
+            self.watch = Watch(certificates.paths, certificates.digests)
             stack.callback(self.watch.close)
             self.processes.watch(self.watch.fileno())
+            self.look_at = time.monotonic()  # what was loaded may be old by now
 
     def _pipe(self, stack: contextlib.ExitStack, flags: int) -> tuple[int, int]:
         ends = os.pipe2(flags)
