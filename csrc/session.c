@@ -157,6 +157,7 @@ connect_ssl(pf__session *s)
     if (!s->blind)
         return connect_bio(s);
     SSL_set_read_ahead(s->ssl, 0); /* the kernel reads records whole */
+    SSL_set_options(s->ssl, SSL_OP_IGNORE_UNEXPECTED_EOF); /* HTTP tells, as below */
     return SSL_set_fd(s->ssl, s->fd) == 1;
 }
 
