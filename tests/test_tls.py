@@ -73,6 +73,17 @@ def secured(serve: Callable[..., Live], issued: Issued) -> Secured:
     return start
 
 
+@pytest.fixture(params=["tls", "ktls"])
+def either(secured: Secured, request: pytest.FixtureRequest) -> Secured:
+    """The same, and where OpenSSL has the socket, and the kernel encrypts if it can."""
+    kernel = request.param == "ktls"
+
+    def start(app: Any, **options: Any) -> Live:
+        return secured(app, tls_ktls=kernel, **options)
+
+    return start
+
+
 @pytest.fixture
 def trusting(authority: Authority) -> ssl.SSLContext:
     return authority.trusting()
@@ -564,14 +575,14 @@ def test_a_request_has_its_own_time_behind_the_handshake(secured, trusting):
 
 
 @BOTH
-def test_who_has_said_all_is_still_answered(secured, authority, version):
+def test_who_has_said_all_is_still_answered(either, authority, version):
     held = Held()
 
     def app(request: Request) -> bytes:
         held.wait()
         return b"late"
 
-    client = dial(secured(app), authority.trusting(**only(version)))
+    client = dial(either(app), authority.trusting(**only(version)))
     client.send(GET)
     client.half_close()
     held.let_go()
@@ -581,12 +592,22 @@ def test_who_has_said_all_is_still_answered(secured, authority, version):
 
 @BOTH
 def test_who_shuts_the_socket_behind_a_request_is_still_answered(
-    secured, authority, version
+    either, authority, version
 ):
-    client = dial(secured(hello), authority.trusting(**only(version)))
+    held = Held()
+
+    def app(request: Request) -> bytes:
+        held.wait()
+        return b"late"
+
+    live = either(app, threads=2)
+    client = dial(live, authority.trusting(**only(version)))
     client.send(GET)
     client.socket.cut()
-    assert client.answer().body == b"hello"
+    assert held.begun.wait(SOON)
+    live.run(threading.get_ident)  # the end was seen
+    held.let_go()
+    assert client.answer().body == b"late"
 
 
 CUTS = {
@@ -600,9 +621,9 @@ CUTS = {
 
 @pytest.mark.parametrize("end", ["close_notify", "cut"])
 @pytest.mark.parametrize("said", CUTS.values(), ids=CUTS)
-def test_half_a_request_is_not_served(secured, trusting, said, end):
+def test_half_a_request_is_not_served(either, trusting, said, end):
     seen = []
-    live = secured(lambda request: seen.append(request) or b"")
+    live = either(lambda request: seen.append(request) or b"")
     client = dial(live, trusting)
     client.send(said)
     if end == "cut":
@@ -615,8 +636,8 @@ def test_half_a_request_is_not_served(secured, trusting, said, end):
     assert seen == []
 
 
-def test_a_reset_amid_the_handshake_leaves_nothing(secured, authority):
-    live = secured(hello)
+def test_a_reset_amid_the_handshake_leaves_nothing(either, authority):
+    live = either(hello)
     said = hello_of(authority)
     for n in (1, 50, len(said)):
         client = live.client()
@@ -627,8 +648,8 @@ def test_a_reset_amid_the_handshake_leaves_nothing(secured, authority):
     live.until(lambda stats: stats["connections"] == 0)
 
 
-def test_a_reset_amid_a_request_leaves_nothing(secured, trusting):
-    live = secured(hello)
+def test_a_reset_amid_a_request_leaves_nothing(either, trusting):
+    live = either(hello)
     client = dial(live, trusting)
     client.send(post(b"hello")[:-1])
     live.until(lambda stats: stats["buffers_in_use"] > 0)
@@ -646,36 +667,36 @@ ENDS = {
 
 @BOTH
 @pytest.mark.parametrize("said", ENDS.values(), ids=ENDS)
-def test_an_end_is_announced(secured, authority, said, version):
+def test_an_end_is_announced(either, authority, said, version):
     """A client can tell by close_notify that nothing is missing (RFC 8446 6.1)."""
-    client = dial(secured(hello), authority.trusting(**only(version)))
+    client = dial(either(hello), authority.trusting(**only(version)))
     client.send(said)
     assert client.rest().startswith(b"HTTP/1.1 ")
     assert client.socket.raw.recv(1) == b""
 
 
-def test_the_end_of_an_idle_connection_is_announced(secured, trusting):
-    client = dial(secured(hello, idle_timeout=0.05), trusting)
+def test_the_end_of_an_idle_connection_is_announced(either, trusting):
+    client = dial(either(hello, idle_timeout=0.05), trusting)
     assert client.ask().body == b"hello"
     assert client.is_ended()
 
 
-def test_the_end_of_a_connection_that_has_served_enough_is_announced(secured, trusting):
-    client = dial(secured(hello, max_requests_per_conn=2), trusting)
+def test_the_end_of_a_connection_that_has_served_enough_is_announced(either, trusting):
+    client = dial(either(hello, max_requests_per_conn=2), trusting)
     assert [client.ask().closes for _ in range(2)] == [False, True]
     assert client.is_ended()
 
 
-def test_the_end_of_all_connections_is_announced(secured, trusting):
-    live = secured(hello)
+def test_the_end_of_all_connections_is_announced(either, trusting):
+    live = either(hello)
     clients = [dial(live, trusting) for _ in range(3)]
     assert [client.ask().body for client in clients] == [b"hello"] * 3
     live.server.shutdown()
     assert [client.is_ended() for client in clients] == [True] * 3
 
 
-def test_an_answer_without_length_ends_with_the_connection(secured, trusting):
-    client = dial(secured(lambda request: iter([b"a", b"b"])), trusting)
+def test_an_answer_without_length_ends_with_the_connection(either, trusting):
+    client = dial(either(lambda request: iter([b"a", b"b"])), trusting)
     client.send(b"GET / HTTP/1.0\r\n\r\n")
     assert client.rest().endswith(b"\r\n\r\nab")
 
@@ -687,8 +708,8 @@ def broken(request: Request) -> Iterator[bytes]:
 
 @BOTH
 @pytest.mark.parametrize("said", [GET, b"GET / HTTP/1.0\r\n\r\n"], ids=["1.1", "1.0"])
-def test_an_answer_that_breaks_off_is_seen_to_be_cut(secured, authority, said, version):
-    live = secured(broken)
+def test_an_answer_that_breaks_off_is_seen_to_be_cut(either, authority, said, version):
+    live = either(broken)
     client = dial(live, authority.trusting(**only(version)))
     client.send(said)
     with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
@@ -696,8 +717,8 @@ def test_an_answer_that_breaks_off_is_seen_to_be_cut(secured, authority, said, v
     live.log.until("LookupError: amid the answer")
 
 
-def test_an_answer_that_is_not_taken_in_time_is_seen_to_be_cut(secured, trusting):
-    live = secured(lambda request: bytes(LARGE), write_timeout=0.1)
+def test_an_answer_that_is_not_taken_in_time_is_seen_to_be_cut(either, trusting):
+    live = either(lambda request: bytes(LARGE), write_timeout=0.1)
     client = dial(live, trusting, receive_buffer=4096)
     client.send(get("/", "Connection: close"))
     live.until(lambda stats: stats["connections"] == 0)
@@ -709,8 +730,8 @@ def test_an_answer_that_is_not_taken_in_time_is_seen_to_be_cut(secured, trusting
 
 
 @BOTH
-def test_a_large_answer_to_a_slow_reader_is_whole(secured, authority, large, version):
-    live = secured(lambda request: large)
+def test_a_large_answer_to_a_slow_reader_is_whole(either, authority, large, version):
+    live = either(lambda request: large)
     client = dial(live, authority.trusting(**only(version)), receive_buffer=4096)
     client.send(GET)
     live.until(lambda stats: stats["bytes_out"] > 0)
@@ -719,7 +740,7 @@ def test_a_large_answer_to_a_slow_reader_is_whole(secured, authority, large, ver
     assert client.ask().body == large
 
 
-def test_a_streamed_answer_to_a_slow_reader_is_whole(secured, trusting, large):
+def test_a_streamed_answer_to_a_slow_reader_is_whole(either, trusting, large):
     sizes = [1, 16383, 16384, 16385, 100_000, 5, 65536]
 
     def parts(request: Request) -> Iterator[bytes]:
@@ -728,7 +749,7 @@ def test_a_streamed_answer_to_a_slow_reader_is_whole(secured, trusting, large):
             yield large[at : at + sizes[n % len(sizes)]]
             at, n = at + sizes[n % len(sizes)], n + 1
 
-    client = dial(secured(parts), trusting, receive_buffer=4096)
+    client = dial(either(parts), trusting, receive_buffer=4096)
     assert digest_of(client.ask().body) == digest_of(large)
 
 
@@ -740,30 +761,30 @@ def large_file(tmp_path_factory: pytest.TempPathFactory, large: bytes) -> Path:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_wsgi_sends_a_large_file(secured, trusting, large, large_file, threads):
+def test_wsgi_sends_a_large_file(either, trusting, large, large_file, threads):
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("200 OK", [("Content-Length", str(len(large)))])
         return environ["wsgi.file_wrapper"](large_file.open("rb"))
 
-    live = secured(app, threads=threads)
+    live = either(app, threads=threads)
     client = dial(live, trusting, receive_buffer=4096)
     for _ in range(2):
         assert client.ask().body == large
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_asgi_sends_a_large_file(secured, trusting, large, large_file, loop):
+def test_asgi_sends_a_large_file(either, trusting, large, large_file, loop):
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.pathsend", "path": str(large_file)})
 
-    live = secured(app, loop=loop, lifespan="off")
+    live = either(app, loop=loop, lifespan="off")
     client = dial(live, trusting, receive_buffer=4096)
     for _ in range(2):
         assert client.ask().body == large
 
 
-def test_a_file_that_shrinks_is_seen_to_be_cut(secured, trusting, tmp_path):
+def test_a_file_that_shrinks_is_seen_to_be_cut(either, trusting, tmp_path):
     path = tmp_path / "shrinks"
     path.write_bytes(bytes(LARGE))
 
@@ -771,7 +792,7 @@ def test_a_file_that_shrinks_is_seen_to_be_cut(secured, trusting, tmp_path):
         start_response("200 OK", [("Content-Length", str(LARGE))])
         return environ["wsgi.file_wrapper"](path.open("rb"))
 
-    live = secured(app, log_all_errors=True)
+    live = either(app, log_all_errors=True)
     client = dial(live, trusting, receive_buffer=4096)
     client.send(GET)
     client.until(b"\r\n\r\n")
@@ -782,22 +803,22 @@ def test_a_file_that_shrinks_is_seen_to_be_cut(secured, trusting, tmp_path):
 
 
 @BOTH
-def test_a_large_upload_is_whole(secured, authority, large, version):
-    client = dial(secured(digest), authority.trusting(**only(version)))
+def test_a_large_upload_is_whole(either, authority, large, version):
+    client = dial(either(digest), authority.trusting(**only(version)))
     for _ in range(2):
         assert client.ask(post(large)).body.decode() == digest_of(large)
 
 
-def test_a_large_upload_in_chunks_is_whole(secured, trusting, large):
+def test_a_large_upload_in_chunks_is_whole(either, trusting, large):
     head = get("/", "Transfer-Encoding: chunked", method="POST")
     parts = [large[at : at + 50_000] for at in range(0, len(large), 50_000)]
-    client = dial(secured(digest), trusting)
+    client = dial(either(digest), trusting)
     answer = client.ask(head + b"".join(map(chunk, [*parts, b""])))
     assert answer.body.decode() == digest_of(large)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_wsgi_reads_a_large_upload(secured, trusting, large, threads):
+def test_wsgi_reads_a_large_upload(either, trusting, large, threads):
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         found = hashlib.sha256()
         while part := environ["wsgi.input"].read(65536):
@@ -805,12 +826,12 @@ def test_wsgi_reads_a_large_upload(secured, trusting, large, threads):
         start_response("200 OK", [])
         return [found.hexdigest().encode()]
 
-    client = dial(secured(app, threads=threads), trusting)
+    client = dial(either(app, threads=threads), trusting)
     assert client.ask(post(large)).body.decode() == digest_of(large)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_asgi_reads_and_sends_what_is_large(secured, trusting, large, loop):
+def test_asgi_reads_and_sends_what_is_large(either, trusting, large, loop):
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
         more = True
@@ -820,7 +841,7 @@ def test_asgi_reads_and_sends_what_is_large(secured, trusting, large, loop):
             body = {"type": "http.response.body", "body": message["body"]}
             await send({**body, "more_body": more})
 
-    client = dial(secured(app, loop=loop, lifespan="off"), trusting)
+    client = dial(either(app, loop=loop, lifespan="off"), trusting)
     sender = threading.Thread(target=client.socket.raw.sendall, args=[b""])
     sender.start()
     sender.join()
@@ -828,8 +849,8 @@ def test_asgi_reads_and_sends_what_is_large(secured, trusting, large, loop):
     assert client.ask(post(large[:size])).body == large[:size]
 
 
-def test_100_continue_is_sent_before_the_body(secured, trusting):
-    client = dial(secured(digest), trusting)
+def test_100_continue_is_sent_before_the_body(either, trusting):
+    client = dial(either(digest), trusting)
     request = get("/", "Content-Length: 5", "Expect: 100-continue", method="POST")
     answer = client.ask(request, on_100=b"hello")
     assert [status for status, _ in answer.interim] == [100]
@@ -850,9 +871,9 @@ EACH = [b"/%d" % number for number in range(16)]
 
 @BOTH
 def test_sixteen_requests_in_one_record_are_answered_in_order(
-    secured, authority, version
+    either, authority, version
 ):
-    live = secured(lambda request: request.target)
+    live = either(lambda request: request.target)
     client = dial(live, authority.trusting(**only(version)))
     client.send(b"".join(SIXTEEN))
     assert targets(client) == EACH
@@ -860,8 +881,8 @@ def test_sixteen_requests_in_one_record_are_answered_in_order(
 
 @BOTH
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_requests_may_end_anywhere_in_a_record(secured, authority, size, version):
-    live = secured(lambda request: request.target)
+def test_requests_may_end_anywhere_in_a_record(either, authority, size, version):
+    live = either(lambda request: request.target)
     client = dial(live, authority.trusting(**only(version)))
     data = b"".join(SIXTEEN)
     for at in range(0, len(data), size):
@@ -872,9 +893,9 @@ def test_requests_may_end_anywhere_in_a_record(secured, authority, size, version
 
 @BOTH
 @pytest.mark.parametrize("step", [1, 2, 5, 1000])
-def test_records_may_end_anywhere_in_a_segment(secured, authority, step, version):
+def test_records_may_end_anywhere_in_a_segment(either, authority, step, version):
     """The handshake, too, comes in segments of so many bytes."""
-    live = secured(lambda request: request.target)
+    live = either(lambda request: request.target)
     client = dial(live, authority.trusting(**only(version)), step=step)
     for request in SIXTEEN:
         client.send(request)
@@ -882,9 +903,9 @@ def test_records_may_end_anywhere_in_a_segment(secured, authority, step, version
 
 
 @BOTH
-def test_a_request_may_come_with_the_end_of_the_handshake(secured, authority, version):
+def test_a_request_may_come_with_the_end_of_the_handshake(either, authority, version):
     """In the segment of the client's last words, as OpenSSL's own clients send it."""
-    live = secured(hello)
+    live = either(hello)
     client = live.client()
     into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
     context = authority.trusting(**only(version))
@@ -906,9 +927,9 @@ def test_a_request_may_come_with_the_end_of_the_handshake(secured, authority, ve
             into.write(client.receive())
 
 
-def test_a_head_and_its_body_are_one_record(secured, authority):
+def test_a_head_and_its_body_are_one_record(either, authority):
     """Small answers cost one record: 22 bytes more than in clear (TLS 1.3)."""
-    live = secured(hello)
+    live = either(hello)
     client = dial(live, authority.trusting(**only("1.3")))
     client.ask()
     client.send(GET)
@@ -924,14 +945,14 @@ def test_a_head_and_its_body_are_one_record(secured, authority):
 
 @pytest.mark.parametrize("loop", LOOPS)
 @BOTH
-def test_websockets_are_echoed(secured, authority, loop, version):
+def test_websockets_are_echoed(either, authority, loop, version):
     async def echo(request: Request) -> None:
         assert request.scheme in ("https", "wss")
         websocket = await request.websocket()
         async for message in websocket:
             await websocket.send(message)
 
-    live = secured(echo, loop=loop)
+    live = either(echo, loop=loop)
     context = authority.trusting(**only(version))
     messages = ("small", b"\x00\xff" * 50, "x" * 500_000, os.urandom(500_000))
     asyncio.run(are_echoed(live, context, messages))
@@ -952,7 +973,7 @@ async def are_echoed(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_websockets_of_asgi_apps_are_echoed(secured, trusting, loop):
+def test_websockets_of_asgi_apps_are_echoed(either, trusting, loop):
     scopes = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -962,7 +983,7 @@ def test_websockets_of_asgi_apps_are_echoed(secured, trusting, loop):
         while (event := await receive())["type"] == "websocket.receive":
             await send({**event, "type": "websocket.send"})
 
-    live = secured(app, loop=loop, lifespan="off")
+    live = either(app, loop=loop, lifespan="off")
     asyncio.run(are_echoed(live, trusting, ("small", os.urandom(500_000))))
     assert scopes[0]["scheme"] == "wss"
     assert scopes[0]["extensions"]["tls"]["tls_version"] == 0x0304
