@@ -226,8 +226,9 @@ void pf__session_shut(pf__session *s); /* nothing is missing, if nobody was curt
 void pf__session_curt(pf__session *s); /* it ends without a good-bye */
 /* The kernel may have more; last: and then the end. */
 void pf__session_wet(pf__session *s, bool last);
-bool pf__session_is_dry(const pf__session *s); /* nor has it records of its own */
-bool pf__session_wants_room(const pf__session *s);
+/* Nothing can be read now: neither there nor here is more, or it wants room. */
+bool pf__session_is_dry(const pf__session *s);
+bool pf__session_wants_room(const pf__session *s); /* to send, before it reads on */
 bool pf__session_begun(const pf__session *s); /* the peer has said something */
 void pf__session_describe(pf__session *s, pf_tls_info *info);
 

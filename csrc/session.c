@@ -33,7 +33,7 @@ struct pf__session {
     bool more;       /* bytes follow at once */
     bool broken;     /* nothing can be said any more */
     bool curt;       /* no good-bye: something is missing */
-    bool wants_room; /* before it can go on, something has to be sent */
+    bool wants_room; /* before it can read on, something has to be sent */
     bool blind;      /* OpenSSL's BIO: dry is not known */
     char *early;     /* owns; bytes that were read before */
     size_t early_at, early_len;
@@ -179,7 +179,6 @@ pf__session_new(pf_tls *tls, int fd, const char *early, size_t len)
     if (len > 0)
         memcpy(s->early, early, len);
     s->early_len = len;
-    s->begun = false;
     SSL_set_accept_state(s->ssl);
     return s;
 }
@@ -222,8 +221,7 @@ static int
 outcome(pf__session *s, int rc, int code)
 {
     int error = SSL_get_error(s->ssl, rc);
-    s->wants_room = error == SSL_ERROR_WANT_WRITE;
-    s->waits = error == SSL_ERROR_WANT_READ || s->wants_room;
+    s->waits = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE;
     if (s->waits && s->blind)
         s->dry = has_nothing(s->fd);
     if (s->waits)
@@ -259,6 +257,7 @@ pf__session_handshake(pf__session *s)
 {
     prepare(s);
     int rc = SSL_do_handshake(s->ssl);
+    s->wants_room = rc != 1 && SSL_want_write(s->ssl);
     if (rc == 1)
         return 1;
     rc = outcome(s, rc, PF_ERR_TLS_HANDSHAKE);
@@ -273,6 +272,7 @@ pf__session_read(pf__session *s, char *data, size_t room)
     size_t n;
     prepare(s);
     int rc = SSL_read_ex(s->ssl, data, room, &n);
+    s->wants_room = rc != 1 && SSL_want_write(s->ssl);
     return rc == 1 ? (ssize_t)n : outcome(s, rc, PF_ERR_TLS_RECORD);
 }
 
@@ -339,7 +339,7 @@ bool
 pf__session_is_dry(const pf__session *s)
 {
     bool all = s->waits || SSL_has_pending(s->ssl) == 0;
-    return s->early == NULL && s->dry && all;
+    return s->wants_room || (s->early == NULL && s->dry && all);
 }
 
 bool

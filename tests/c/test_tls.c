@@ -623,6 +623,42 @@ half_a_record_is_waited_for_asleep(void)
     close_peer_and_server(&p);
 }
 
+static bool
+is_asleep(void)
+{
+    return loop->dirty == NULL && !loop->conns->readable;
+}
+
+/* Each new key that is asked for is answered: to who does not read that, no more. */
+static void
+who_does_not_read_what_it_asks_for_is_waited_for_asleep(void)
+{
+    enum { FLOOD = 6000 };
+    int small = 2048;
+    open_plainly_secure();
+    peer p = new_peer(NULL, TLS1_3_VERSION);
+    assert(shake_hands(&p) == 1);
+    setsockopt(p.fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+    setsockopt(loop->conns->source.fd, SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
+    for (int i = 0; i < FLOOD; i++) {
+        assert(SSL_key_update(p.ssl, SSL_KEY_UPDATE_REQUESTED) == 1);
+        assert(SSL_do_handshake(p.ssl) == 1);
+    }
+    char records[16384];
+    for (int n; (n = BIO_read(p.out, records, sizeof records)) > 0; turn())
+        say_bytes(p.fd, records, (size_t)n);
+    turn_until(is_asleep);
+    tell(&p, GET);
+    pf_event event;
+    for (int64_t end = clock_ms() + SOON_MS; pf_loop_wait(loop, &event, 1, 0) == 0;) {
+        assert(clock_ms() < end);
+        exchange(&p); /* now it reads */
+    }
+    answer(event.request, "hello");
+    told_until(&p, "hello");
+    close_peer_and_server(&p);
+}
+
 static void
 a_new_key_may_be_asked_for(void)
 {
@@ -843,6 +879,7 @@ main(void)
     a_malformed_record_ends_it();
     records_that_are_for_tls_alone_hold_up_nobody();
     half_a_record_is_waited_for_asleep();
+    who_does_not_read_what_it_asks_for_is_waited_for_asleep();
     a_new_key_may_be_asked_for();
     no_byte_of_a_large_answer_is_lost();
     pipelined_requests_may_share_a_record();
@@ -855,6 +892,7 @@ main(void)
     who_has_closed_its_side_is_still_answered();
     a_malformed_record_ends_it();
     half_a_record_is_waited_for_asleep();
+    who_does_not_read_what_it_asks_for_is_waited_for_asleep();
     a_new_key_may_be_asked_for();
     no_byte_of_a_large_answer_is_lost();
     pipelined_requests_may_share_a_record();
