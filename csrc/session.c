@@ -83,6 +83,13 @@ receive(pf__session *s, BIO *bio, char *data, int room)
     return (int)n;
 }
 
+static void
+note_first(pf__session *s, char byte)
+{
+    s->begun = true;
+    s->plain = byte != HANDSHAKE_RECORD && (byte & 0x80) == 0;
+}
+
 static int
 on_read(BIO *bio, char *data, int room)
 {
@@ -91,8 +98,7 @@ on_read(BIO *bio, char *data, int room)
     int n = receive(s, bio, data, room);
     if (n <= 0 || s->begun)
         return n;
-    s->begun = true;
-    s->plain = data[0] != HANDSHAKE_RECORD && (data[0] & 0x80) == 0;
+    note_first(s, data[0]);
     if (!s->plain)
         return n;
     s->error = EPROTO;
@@ -252,10 +258,27 @@ prepare(pf__session *s)
     s->waits = false;
 }
 
+/* OpenSSL's BIO shows us no byte that it reads: it gets none before we have seen the
+ * first. false: that is not here yet. */
+static bool
+look_at_first(pf__session *s)
+{
+    char byte;
+    ssize_t n = recv(s->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    s->waits = s->dry = n < 0 && errno == EAGAIN;
+    if (n == 1)
+        note_first(s, byte);
+    return !s->waits;
+}
+
 int
 pf__session_handshake(pf__session *s)
 {
     prepare(s);
+    if (s->blind && !s->begun && !look_at_first(s))
+        return 0;
+    if (s->plain)
+        return PF_ERR_TLS_PLAIN;
     int rc = SSL_do_handshake(s->ssl);
     s->wants_room = rc != 1 && SSL_want_write(s->ssl);
     if (rc == 1)

@@ -479,6 +479,23 @@ garbage_ends_the_connection(void)
     close_server();
 }
 
+/* Its session is here: no other worker could go on with it. */
+static void
+who_has_said_something_stays(void)
+{
+    open_plainly_secure();
+    int fd = peer_saying("\x16");
+    quiet(20);
+    assert(!pf__conn_is_quiet(loop->conns));
+    close(fd);
+    turn_until(nobody_is_connected);
+    peer p = new_peer(NULL, TLS1_3_VERSION);
+    assert(shake_hands(&p) == 1);
+    is_served(&p);
+    assert(!pf__conn_is_quiet(loop->conns));
+    close_peer_and_server(&p);
+}
+
 static void
 a_handshake_may_end_anywhere(void)
 {
@@ -871,6 +888,7 @@ main(void)
     who_offers_only_other_protocols_is_refused();
     plain_http_is_answered_in_clear();
     garbage_ends_the_connection();
+    who_has_said_something_stays();
     a_handshake_may_end_anywhere();
     a_handshake_takes_so_long();
     over_the_limit_is_told_in_tls();
@@ -887,6 +905,9 @@ main(void)
     signal(SIGPIPE, SIG_IGN);
     in_kernel = true;
     requests_are_answered_in_both_versions_and_byte_by_byte();
+    plain_http_is_answered_in_clear();
+    garbage_ends_the_connection();
+    who_has_said_something_stays();
     a_handshake_may_end_anywhere();
     a_close_is_told_from_a_cut();
     who_has_closed_its_side_is_still_answered();
