@@ -176,12 +176,14 @@ unlink_conn(pf_conn *conn)
         conn->next->link = conn->link;
 }
 
-/* TLS tells an answer that is over from one that was cut (RFC 8446 6.1). */
-static void
+/* TLS tells an answer that is over from one that was cut (RFC 8446 6.1). false: it has
+ * to be said again when there is room. */
+static bool
 say_goodbye(pf_conn *conn)
 {
-    if (conn->session != NULL && !conn->lent && pf__output_unsent(conn) == 0)
-        pf__session_shut(conn->session);
+    if (conn->session == NULL || conn->lent || pf__output_unsent(conn) > 0)
+        return true;
+    return pf__session_shut(conn->session);
 }
 
 static void
@@ -267,11 +269,15 @@ begin_closing(pf_conn *conn, bool linger)
 static void
 finish_closing(pf_conn *conn)
 {
+    if (!say_goodbye(conn)) {
+        if (conn->write_deadline == 0)
+            output_is_blocked(conn);
+        return;
+    }
     if (!conn->linger || conn->eof) {
         pf__conn_kill(conn);
         return;
     }
-    say_goodbye(conn);
     if (shutdown(conn->source.fd, SHUT_WR) < 0) {
         pf__conn_kill(conn);
         return;
@@ -279,6 +285,7 @@ finish_closing(pf_conn *conn)
     conn->phase = PF__PHASE_LINGER;
     conn->raw = 0; /* counts what is dropped */
     conn->readable = true;
+    conn->write_deadline = 0;
     set_deadlines(conn, conn->loop->now + conn->loop->options.linger_timeout_ms);
 }
 
@@ -1117,7 +1124,8 @@ pf__conn_event(pf_conn *conn, uint32_t flags)
         tell_holder(conn, PF_ERR_CLOSED);
     if (conn->request != NULL && conn->request->want_end)
         pf__conn_end_wanted(conn);
-    if (pf__output_unsent(conn) > 0 || conn->phase == PF__PHASE_LINGER
+    if (pf__output_unsent(conn) > 0 || conn->phase == PF__PHASE_CLOSING
+        || conn->phase == PF__PHASE_LINGER
         || (conn->request != NULL && conn->request->want_room))
         pf__conn_mark_dirty(conn);
     if (conn->readable)

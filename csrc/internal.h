@@ -222,7 +222,8 @@ ssize_t pf__session_read(pf__session *s, char *data, size_t room);
 ssize_t pf__session_write(pf__session *s, const char *data, size_t len, bool more);
 bool pf__session_sends_files(const pf__session *s); /* the kernel encrypts */
 ssize_t pf__session_send_file(pf__session *s, int fd, int64_t offset, size_t len);
-void pf__session_shut(pf__session *s); /* nothing is missing, if nobody was curt */
+/* Nothing is missing, if nobody was curt. false: there is no room yet to say so. */
+bool pf__session_shut(pf__session *s);
 void pf__session_curt(pf__session *s); /* it ends without a good-bye */
 /* The kernel may have more; last: and then the end. */
 void pf__session_wet(pf__session *s, bool last);

@@ -334,15 +334,16 @@ pf__session_send_file(pf__session *s, int fd, int64_t offset, size_t len)
 }
 
 /* close_notify (RFC 8446 6.1): nothing is missing. Whether it arrives is the peer's. */
-void
+bool
 pf__session_shut(pf__session *s)
 {
     if (s->broken || s->curt || !SSL_is_init_finished(s->ssl))
-        return;
+        return true;
     prepare(s);
-    SSL_shutdown(s->ssl);
+    int rc = SSL_shutdown(s->ssl);
+    s->broken = rc >= 0 || !SSL_want_write(s->ssl);
     ERR_clear_error();
-    s->broken = true;
+    return s->broken;
 }
 
 void

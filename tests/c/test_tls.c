@@ -763,6 +763,34 @@ no_byte_of_a_large_answer_is_lost(void)
     close_peer_and_server(&p);
 }
 
+/* Where an answer has filled what the kernel takes, its good-bye comes later. */
+static void
+a_good_bye_waits_for_room(void)
+{
+    pf_tls_options o = plain_options();
+    pf_tls *tls = opened_tls(&o);
+    int least = 1;
+    open_on(listen_unix());
+    assert(pf_loop_secure(loop, tls) == 0);
+    pf_tls_close(tls);
+    for (size_t len = 100; len < 8000; len += 100) {
+        peer p = new_peer(NULL, TLS1_3_VERSION);
+        assert(shake_hands(&p) == 1);
+        setsockopt(loop->conns->source.fd, SOL_SOCKET, SO_SNDBUF, &least, sizeof least);
+        tell(&p, "GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        assert(pf_request_answer(next_request(), 200, NULL, 0, large, len, NULL) == 0);
+        turn();
+        turn();
+        int n;
+        while ((n = told(&p, heard, sizeof heard)) > 0)
+            continue;
+        assert(n == 0);
+        free_peer(&p);
+        turn_until(nobody_is_connected);
+    }
+    close_server();
+}
+
 static void
 pipelined_requests_may_share_a_record(void)
 {
@@ -900,6 +928,7 @@ main(void)
     who_does_not_read_what_it_asks_for_is_waited_for_asleep();
     a_new_key_may_be_asked_for();
     no_byte_of_a_large_answer_is_lost();
+    a_good_bye_waits_for_room();
     pipelined_requests_may_share_a_record();
     a_client_may_have_to_show_a_certificate();
     signal(SIGPIPE, SIG_IGN);
