@@ -21,6 +21,7 @@
 
 enum {
     OWN_ROTATION_S = 8 * 3600, /* how old our own ticket key gets */
+    COPIES_MAX = 1000,         /* of ticket keys that change meanwhile */
     REASON_MAX = 256,
     NAME_MAX_LEN = 253, /* of the DNS */
 };
@@ -246,15 +247,18 @@ pf_tls_share(pf_tls *tls, pf_tickets *tickets)
     tls->tickets = tickets;
 }
 
-static void
+/* false: who changes them has stopped on the way, for good perhaps. */
+static bool
 copy_tickets(const pf_tickets *tickets, pf_tickets *copy)
 {
-    uint32_t version;
-    do {
-        version = load_version(tickets);
+    for (int i = 0; i < COPIES_MAX; i++) {
+        uint32_t version = load_version(tickets);
         memcpy(copy, tickets, sizeof *copy);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    } while ((version & 1) != 0 || load_version(tickets) != version);
+        if ((version & 1) == 0 && load_version(tickets) == version)
+            return true;
+    }
+    return false;
 }
 
 static int
@@ -294,7 +298,8 @@ use_ticket_key(SSL *ssl, unsigned char *name, unsigned char *iv, EVP_CIPHER_CTX 
         && time(NULL) - tls->own_tickets.made >= OWN_ROTATION_S
         && pf_tls_rotate(&tls->own_tickets) < 0)
         return -1;
-    copy_tickets(tls->tickets, &tickets);
+    if (!copy_tickets(tls->tickets, &tickets))
+        tickets = tls->own_tickets;
     int i = seals ? (tickets.count > 0 ? 0 : -1) : find_key(&tickets, name);
     int rc = 0;
     if (i >= 0 && seals) {

@@ -896,6 +896,22 @@ sessions_are_resumed_in_both_versions(void)
     a_session_is_resumed_by_whoever_has_the_key(TLS1_3_VERSION);
 }
 
+/* A master that was killed while it changed the keys must not stop its workers. */
+static void
+keys_that_never_are_whole_hold_up_nobody(void)
+{
+    assert(pf_tls_rotate(&tickets) == 0);
+    tickets.version++;
+    open_sharing();
+    assert(!is_resumed(TLS1_3_VERSION));
+    assert(is_resumed(TLS1_3_VERSION));
+    tickets.version++;
+    assert(!is_resumed(TLS1_3_VERSION));
+    close_server();
+    SSL_SESSION_free(kept);
+    kept = NULL;
+}
+
 int
 main(void)
 {
@@ -948,6 +964,7 @@ main(void)
     pipelined_requests_may_share_a_record();
     in_kernel = false;
     sessions_are_resumed_in_both_versions();
+    keys_that_never_are_whole_hold_up_nobody();
 
     free_certificate(&authority);
     free_certificate(&one);
