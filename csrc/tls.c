@@ -315,6 +315,27 @@ use_ticket_key(SSL *ssl, unsigned char *name, unsigned char *iv, EVP_CIPHER_CTX 
     return rc;
 }
 
+/* It may outlive the certificate that its client presented: a resumed session is not
+ * verified again. */
+static bool
+has_expired(SSL_SESSION *session)
+{
+    X509 *x = SSL_SESSION_get0_peer(session);
+    return x != NULL && X509_cmp_current_time(X509_get0_notAfter(x)) < 0;
+}
+
+static SSL_TICKET_RETURN
+judge_ticket(SSL *ssl, SSL_SESSION *session, const unsigned char *name, size_t name_len,
+             SSL_TICKET_STATUS status, void *unused)
+{
+    (void)ssl, (void)name, (void)name_len, (void)unused;
+    bool opened = status == SSL_TICKET_SUCCESS || status == SSL_TICKET_SUCCESS_RENEW;
+    if (!opened || has_expired(session))
+        return SSL_TICKET_RETURN_IGNORE_RENEW;
+    return status == SSL_TICKET_SUCCESS ? SSL_TICKET_RETURN_USE
+                                        : SSL_TICKET_RETURN_USE_RENEW;
+}
+
 /* ---- a context ----------------------------------------------------------------------*/
 static int
 set_ciphers(pf_tls *tls, SSL_CTX *c)
@@ -355,6 +376,7 @@ set_sessions(SSL_CTX *c)
     SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_timeout(c, PF_TICKET_LIFE_S);
     SSL_CTX_set_tlsext_ticket_key_evp_cb(c, use_ticket_key);
+    SSL_CTX_set_session_ticket_cb(c, NULL, judge_ticket, NULL);
 }
 
 static void

@@ -912,6 +912,57 @@ keys_that_never_are_whole_hold_up_nobody(void)
     kept = NULL;
 }
 
+static void
+a_certificate_that_has_expired_resumes_nothing(int version)
+{
+    pf_tls_options o = plain_options();
+    pem brief;
+    make_certificate(&brief, "brief", NULL, &authority);
+    X509_gmtime_adj(X509_getm_notAfter(brief.x), 2);
+    assert(X509_sign(brief.x, authority.pkey, EVP_sha256()) > 0);
+    o.verify = PF_TLS_VERIFY_REQUIRED;
+    o.ca = authority.cert;
+    o.ca_len = strlen(authority.cert);
+    open_secure(opened_tls(&o));
+    int shaken = 0, resumed = 0;
+    for (int64_t end = clock_ms() + SOON_MS; shaken == 0 || kept != NULL;) {
+        assert(clock_ms() < end);
+        peer p = new_peer(NULL, version);
+        SSL_use_certificate(p.ssl, brief.x);
+        SSL_use_PrivateKey(p.ssl, brief.pkey);
+        if (kept != NULL)
+            SSL_set_session(p.ssl, kept);
+        SSL_SESSION_free(kept);
+        kept = NULL;
+        shake_hands(&p);
+        SSL_write(p.ssl, GET, (int)strlen(GET));
+        exchange(&p);
+        pf_event event;
+        if (pf_loop_wait(loop, &event, 1, 10) == 1) { /* let in */
+            answer(event.request, "hello");
+            told_until(&p, "hello");
+            kept = SSL_get1_session(p.ssl);
+            resumed += SSL_session_reused(p.ssl);
+            shaken++;
+            SSL_shutdown(p.ssl);
+            exchange(&p);
+        }
+        ERR_clear_error();
+        free_peer(&p);
+        turn_until(nobody_is_connected);
+    }
+    assert(resumed > 0);
+    close_server();
+    free_certificate(&brief);
+}
+
+static void
+clients_that_have_expired_are_let_in_no_more(void)
+{
+    a_certificate_that_has_expired_resumes_nothing(TLS1_2_VERSION);
+    a_certificate_that_has_expired_resumes_nothing(TLS1_3_VERSION);
+}
+
 int
 main(void)
 {
@@ -965,6 +1016,7 @@ main(void)
     in_kernel = false;
     sessions_are_resumed_in_both_versions();
     keys_that_never_are_whole_hold_up_nobody();
+    clients_that_have_expired_are_let_in_no_more();
 
     free_certificate(&authority);
     free_certificate(&one);
