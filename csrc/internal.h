@@ -230,7 +230,8 @@ void pf__session_wet(pf__session *s, bool last);
 /* Nothing can be read now: neither there nor here is more, or it wants room. */
 bool pf__session_is_dry(const pf__session *s);
 bool pf__session_wants_room(const pf__session *s); /* to send, before it reads on */
-bool pf__session_begun(const pf__session *s); /* the peer has said something */
+/* The peer has said something. */
+bool pf__session_begun(const pf__session *s);
 void pf__session_describe(pf__session *s, pf_tls_info *info);
 
 /* ---- deflate.c: permessage-deflate (RFC 7692) ---------------------------------------*/

@@ -16,8 +16,7 @@
 #include <unistd.h>
 
 enum {
-    SENDS_MAX = 4
-        << 20, /* bytes sent to one connection before others have their turn */
+    SENDS_MAX = 4 << 20, /* bytes to one connection before others have their turn */
     IOV_MAX_HERE = 64,
     RECORD = 16384, /* bytes that a record of TLS holds (RFC 8446 5.1) */
 };

@@ -30,8 +30,7 @@ struct board {
     _Atomic uint32_t version;
     _Atomic uint32_t used; /* no row at or behind it was ever claimed */
     alignas(64) pf_tickets tickets;
-    alignas(
-        64) pf_row retired; /* totals of those that have ended; the master writes it */
+    alignas(64) pf_row retired; /* totals of those that have ended; the master's */
     pf_row row[];
 };
 

@@ -418,21 +418,21 @@ new_context(pf_tls *tls, SSL_CTX **out)
 }
 
 /* ---- a certificate ------------------------------------------------------------------*/
-typedef struct asked {
+typedef struct secret {
     const char *password;
-    bool was; /* the key is encrypted */
-} asked;
+    bool asked; /* for it: the key is encrypted */
+} secret;
 
 static int
 give_password(char *to, int size, int writes, void *user)
 {
     (void)writes;
-    asked *a = user;
-    a->was = true;
-    size_t len = a->password ? strlen(a->password) : 0;
+    secret *s = user;
+    s->asked = true;
+    size_t len = s->password ? strlen(s->password) : 0;
     if (len == 0 || len > (size_t)size)
         return -1;
-    memcpy(to, a->password, len);
+    memcpy(to, s->password, len);
     return (int)len;
 }
 
@@ -442,11 +442,11 @@ use_key(pf_tls *tls, SSL_CTX *c, const pf_tls_key *key)
     const char *data = key->key ? key->key : key->cert;
     size_t len = key->key ? key->key_len : key->cert_len;
     BIO *pem = BIO_new_mem_buf(data, (int)len);
-    asked a = {key->password, false};
-    EVP_PKEY *pkey = pem ? PEM_read_bio_PrivateKey(pem, NULL, give_password, &a) : NULL;
+    secret s = {key->password, false};
+    EVP_PKEY *pkey = pem ? PEM_read_bio_PrivateKey(pem, NULL, give_password, &s) : NULL;
     BIO_free(pem);
     if (pkey == NULL)
-        return fail(tls, a.was ? PF_ERR_TLS_PASSWORD : PF_ERR_TLS_KEY);
+        return fail(tls, s.asked ? PF_ERR_TLS_PASSWORD : PF_ERR_TLS_KEY);
     X509 *x = SSL_CTX_get0_certificate(c);
     int rc = 0;
     if (X509_check_private_key(x, pkey) != 1)
