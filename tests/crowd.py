@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 LATE = 3.0  # seconds after which an answer does not count as one
-PROMISED = 0.5  # seconds between two requests of a kept connection, at most
+PROMISED = 0.8  # seconds between two requests of a kept connection, at most
 
 
 @dataclass
@@ -197,9 +197,10 @@ class Stream(Crowd):
                 await asyncio.sleep(self.pause)
                 continue
             reader, writer = opened
-            served, answered = 0, time.monotonic()
+            served, before = 0, time.monotonic()
             while not self.stopping:
-                if time.monotonic() - answered > PROMISED:
+                now = time.monotonic()
+                if now - before > PROMISED:
                     self.overslept += 1
                     break
                 if reader.at_eof():
@@ -207,7 +208,7 @@ class Stream(Crowd):
                     break
                 if not await self._ask(reader, writer, "/", True, served):
                     break
-                served, answered = served + 1, time.monotonic()
+                served, before = served + 1, now
                 due = max(due + self.pause, time.monotonic())
                 await asyncio.sleep(due - time.monotonic())
             await self._leave(writer)

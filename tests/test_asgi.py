@@ -1384,7 +1384,6 @@ TRACES = {  # what an app can do to its task without waiting
     "a name that was asked for": lambda task: task.get_name(),
     "a variable": lambda task: VARIABLE.set("set"),
     "a variable that is reset": lambda task: VARIABLE.reset(VARIABLE.set("set")),
-    "a cancellation": cancel,
     "a reference": KEPT.append,
     "a weak reference": lambda task: STATES.setdefault(task, "used"),
     "a reference to the coroutine": lambda task: KEPT.append(task.get_coro()),
@@ -1394,6 +1393,8 @@ if sys.version_info >= (3, 12):
     TRACES["a weak reference to the context"] = lambda task: KEPT.append(
         weakref.ref(task.get_context())
     )
+if sys.version_info >= (3, 13):  # before, it could not be taken back
+    TRACES["a cancellation"] = cancel
 
 
 @pytest.mark.parametrize("trace", TRACES)
