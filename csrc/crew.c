@@ -4,10 +4,10 @@
  * hand-off. It stamps the beginning and the end of each handler in `turn`: odd means
  * inside one. Those who stand by sleep here, last come first called, so that the few
  * that work stay in the cache. One of them is the watcher: it looks at the stamp every
- * millisecond, and a handler that it sees twice has stalled. A look costs the leader 10
- * to 35 us (a timer, two changes of threads, the caches), so where no handler has stalled
- * for a while it looks less often. While nothing has happened for some ticks the watcher
- * dozes, so an idle crew makes no wake-ups.
+ * millisecond, and a handler that it sees twice has stalled. A look costs the leader
+ * some 35 us on a virtual machine (a timer, two changes of threads, the caches), so where
+ * no handler has stalled for a while it looks less often. While nothing has happened for
+ * some ticks the watcher dozes, so an idle crew makes no wake-ups.
  *
  * Who leads is not decided here but under the caller's lock (in Python: the GIL), which
  * also orders begin, end and call. A sleeper only learns that it may be needed.
