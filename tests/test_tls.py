@@ -420,8 +420,8 @@ def test_a_ticket_counts_only_for_who_is_let_in_now(secured, authority):
 # ---- Refused -------------------------------------------------------------------------
 
 
-def test_tls_1_1_is_refused_by_an_alert(secured, authority):
-    live = secured(hello, log_all_errors=True)
+def test_tls_1_1_is_refused_by_an_alert(either, authority):
+    live = either(hello, log_all_errors=True)
     context = authority.trusting()
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     with warnings.catch_warnings():
@@ -438,8 +438,8 @@ def test_tls_1_1_is_refused_by_an_alert(secured, authority):
     [GET, post(b"x" * 100_000), b"G", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
     ids=["GET", "POST", "one byte", "HTTP/2"],
 )
-def test_plain_http_is_told_so_in_clear(secured, said):
-    answer = secured(hello).ask(said)
+def test_plain_http_is_told_so_in_clear(either, said):
+    answer = either(hello).ask(said)
     assert (answer.status, answer.closes) == (400, True)
     assert b"HTTPS" in answer.body
 
@@ -457,8 +457,8 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("said", GARBAGE.values(), ids=GARBAGE)
-def test_garbage_ends_the_connection(secured, authority, said):
-    live = secured(hello)
+def test_garbage_ends_the_connection(either, authority, said):
+    live = either(hello)
     client = live.client()
     client.send(said)
     client.half_close()
@@ -471,8 +471,8 @@ def test_garbage_ends_the_connection(secured, authority, said):
 
 
 @BOTH
-def test_garbage_behind_the_handshake_ends_the_connection(secured, authority, version):
-    live = secured(hello)
+def test_garbage_behind_the_handshake_ends_the_connection(either, authority, version):
+    live = either(hello)
     client = dial(live, authority.trusting(**only(version)))
     assert client.ask().body == b"hello"
     client.socket.raw.sendall(b"\x17\x03\x03\x00\x40" + b"x" * 64)
@@ -482,7 +482,7 @@ def test_garbage_behind_the_handshake_ends_the_connection(secured, authority, ve
 
 
 @BOTH
-def test_a_forged_record_is_not_read(secured, authority, version):
+def test_a_forged_record_is_not_read(either, authority, version):
     """A bit of a request flips on its way; what comes before it is still answered."""
     seen = []
 
@@ -490,7 +490,7 @@ def test_a_forged_record_is_not_read(secured, authority, version):
         seen.append(request.target)
         return b""
 
-    live = secured(app)
+    live = either(app)
     client = dial(live, authority.trusting(**only(version)))
     client.ask(get("/good"))
     client.tls.write(get("/forged"))
@@ -504,8 +504,8 @@ def test_a_forged_record_is_not_read(secured, authority, version):
 
 
 @WITH_OPENSSL
-def test_renegotiation_is_refused(secured, authority):
-    live = secured(lambda request: b"hello\n")
+def test_renegotiation_is_refused(either, authority):
+    live = either(lambda request: b"hello\n")
     with s_client(live, authority, "-tls1_2", talks=True) as program:
         assert program.stdin and program.stdout
         program.stdin.write(GET)
@@ -521,8 +521,8 @@ def test_renegotiation_is_refused(secured, authority):
 
 
 @pytest.mark.parametrize("part", [0, 1, 5, 100])
-def test_a_handshake_that_does_not_come_is_not_waited_for(secured, authority, part):
-    live = secured(
+def test_a_handshake_that_does_not_come_is_not_waited_for(either, authority, part):
+    live = either(
         hello, tls_handshake_timeout=0.05, defer_accept=False, log_all_errors=True
     )
     client = live.client()
@@ -544,9 +544,9 @@ def hello_of(authority: Authority) -> bytes:
     return out.read()
 
 
-def test_a_handshake_in_drops_is_not_waited_for_either(secured, authority):
+def test_a_handshake_in_drops_is_not_waited_for_either(either, authority):
     """The timeout is that of the whole handshake."""
-    live = secured(
+    live = either(
         hello, tls_handshake_timeout=0.2, defer_accept=False, log_all_errors=True
     )
     client = live.client()
@@ -564,8 +564,8 @@ def test_a_handshake_in_drops_is_not_waited_for_either(secured, authority):
     live.log.until("TLS handshake took too long")
 
 
-def test_a_request_has_its_own_time_behind_the_handshake(secured, trusting):
-    live = secured(hello, header_timeout=0.05, tls_handshake_timeout=SOON)
+def test_a_request_has_its_own_time_behind_the_handshake(either, trusting):
+    live = either(hello, header_timeout=0.05, tls_handshake_timeout=SOON)
     client = dial(live, trusting)
     assert client.answer().status == 408
     assert client.is_ended()
