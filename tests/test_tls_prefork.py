@@ -926,6 +926,17 @@ def test_cert_reqs_says_whether_clients_must_have_a_certificate(
         tell(address, authority.trusting())
 
 
+def test_a_client_s_name_is_in_environ_as_pep_3333_has_it(serve, authority, issued):
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return [environ["SSL_CLIENT_S_DN"].encode("latin-1")]
+
+    live = serve(app, **issued.options, ca_certs=authority.cas, cert_reqs="required")
+    client = authority.issue("client.test", file="client", common_name="Юлия")
+    address = "{}:{}".format(*live.address)
+    assert "CN=Юлия" in body(address, authority.trusting(client))
+
+
 def test_tls_min_refuses_what_is_older(serve, authority, issued):
     live = serve(lambda request: b"ok", **issued.options, tls_min="1.3")
     address = "{}:{}".format(*live.address)

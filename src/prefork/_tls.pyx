@@ -241,6 +241,11 @@ cdef str stamp(double when):
     """As OpenSSL prints it: Jan  1 00:00:00 2030 GMT."""
     moment = time.gmtime(when)
     return time.strftime(f"%b {moment.tm_mday:2d} %H:%M:%S %Y GMT", moment)
+cdef str native(str text):
+    """As PEP 3333 has it: bytes, each of them a character."""
+    return text.encode().decode("latin-1")
+
+
 
 
 cdef int set_environ(dict environ, Request request) except -1:
@@ -248,13 +253,13 @@ cdef int set_environ(dict environ, Request request) except -1:
     info = info_of(request)
     environ["SSL_PROTOCOL"], environ["SSL_CIPHER"] = info.version, info.cipher
     if info.server_name is not None:
-        environ["SSL_TLS_SNI"] = info.server_name
+        environ["SSL_TLS_SNI"] = native(info.server_name)
     client = info.client
     environ["SSL_CLIENT_VERIFY"] = "NONE" if client is None else "SUCCESS"
     if client is None:
         return 0
-    environ["SSL_CLIENT_S_DN"] = client.subject
-    environ["SSL_CLIENT_I_DN"] = client.issuer
+    environ["SSL_CLIENT_S_DN"] = native(client.subject)
+    environ["SSL_CLIENT_I_DN"] = native(client.issuer)
     environ["SSL_CLIENT_M_SERIAL"] = client.serial
     environ["SSL_CLIENT_V_START"] = stamp(client.not_before)
     environ["SSL_CLIENT_V_END"] = stamp(client.not_after)
