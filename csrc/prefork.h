@@ -338,7 +338,8 @@ int pf_tls_open(pf_tls **out, const pf_tls_options *options); /* copies. The cal
                                    each loop and connection that uses it, own it */
 int pf_tls_add(pf_tls *tls, const pf_tls_key *key); /* copies; before it is used. The
       first is the default, another is chosen by the name that a client asks for (SNI,
-      RFC 6066 3): one of its DNS names, of which "*.example.org" has one label more */
+      RFC 6066 3): one of its DNS names, of which "*.example.org" has one label more.
+      Returns its place: 0, 1, ... */
 const char *pf_tls_reason(const pf_tls *tls); /* what the library said of the last error,
                                                  lent; "" if nothing */
 void pf_tls_close(pf_tls *tls); /* the caller's part; NULL is allowed */
@@ -354,8 +355,8 @@ typedef struct pf_certificate {
 
 int pf_tls_describe(const void *der, size_t len, pf_certificate *out);
 void pf_tls_forget(pf_certificate *certificate);
-int pf_tls_default(const pf_tls *tls, int index, const void **der, size_t *len); /* the
-      certificate that was added at this place, lent; -EINVAL: there is none */
+int pf_tls_certificate(const pf_tls *tls, int place, const void **der, size_t *len); /*
+      that was added there, lent; -EINVAL: there is none */
 
 /* Keys that encrypt session tickets (RFC 5077 4, RFC 8446 4.6.1), so that whoever has
  * them can resume a session: workers share them through the scoreboard. */

@@ -595,8 +595,8 @@ pf_tls_add(pf_tls *tls, const pf_tls_key *key)
         free_entry(e);
         return rc;
     }
-    entries[tls->count++] = e;
-    return 0;
+    entries[tls->count] = e;
+    return (int)tls->count++;
 }
 
 /* ---- opening and closing ------------------------------------------------------------*/
@@ -709,12 +709,12 @@ pf__tls_certificate(const SSL *ssl, const void **der, size_t *len)
 }
 
 int
-pf_tls_default(const pf_tls *tls, int index, const void **der, size_t *len)
+pf_tls_certificate(const pf_tls *tls, int place, const void **der, size_t *len)
 {
-    if (index < 0 || (uint32_t)index >= tls->count)
+    if (place < 0 || (uint32_t)place >= tls->count)
         return -EINVAL;
-    *der = tls->entries[index]->der;
-    *len = (size_t)tls->entries[index]->der_len;
+    *der = tls->entries[place]->der;
+    *len = (size_t)tls->entries[place]->der_len;
     return 0;
 }
 

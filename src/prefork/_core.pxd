@@ -183,7 +183,7 @@ cdef extern from "prefork.h" nogil:
     void pf_tls_close(pf_tls *tls)
     int pf_tls_describe(const void *der, size_t len, pf_certificate *out)
     void pf_tls_forget(pf_certificate *certificate)
-    int pf_tls_default(const pf_tls *tls, int index, const void **der, size_t *len)
+    int pf_tls_certificate(const pf_tls *tls, int place, const void **der, size_t *len)
     int pf_tls_rotate(pf_tickets *tickets)
     void pf_tls_share(pf_tls *tls, pf_tickets *tickets)
 

@@ -24,8 +24,8 @@ from prefork._core cimport (
     pf_scoreboard_tickets,
     pf_tls,
     pf_tls_add,
+    pf_tls_certificate,
     pf_tls_close,
-    pf_tls_default,
     pf_tls_describe,
     pf_tls_forget,
     pf_tls_info,
@@ -164,6 +164,7 @@ cdef class Tls:
         cdef pf_tls_key k
         cdef const void *der
         cdef size_t size
+        cdef int place
         memset(&k, 0, sizeof(k))
         k.cert, k.cert_len = cert, len(cert)
         if key is not None:
@@ -172,11 +173,8 @@ cdef class Tls:
             k.password = password
         if ocsp is not None:
             k.staple, k.staple_len = ocsp, len(ocsp)
-        self.judge(pf_tls_add(self.handle, &k))
-        count = 0
-        while pf_tls_default(self.handle, count, &der, &size) >= 0:
-            count += 1
-        pf_tls_default(self.handle, count - 1, &der, &size)
+        place = self.judge(pf_tls_add(self.handle, &k))
+        check(pf_tls_certificate(self.handle, place, &der, &size))
         return described(<const char *>der, size)
 
     def secure(self, Loop loop not None):

@@ -108,7 +108,7 @@ opened_tls(const pf_tls_options *o)
     pf_tls *tls;
     pf_tls_key first = key_of(&one), second = key_of(&two);
     assert(pf_tls_open(&tls, o) == 0);
-    assert(pf_tls_add(tls, &first) == 0 && pf_tls_add(tls, &second) == 0);
+    assert(pf_tls_add(tls, &first) == 0 && pf_tls_add(tls, &second) == 1);
     return tls;
 }
 
