@@ -232,6 +232,8 @@ bool pf__session_is_dry(const pf__session *s);
 bool pf__session_wants_room(const pf__session *s); /* to send, before it reads on */
 /* The peer has said something. */
 bool pf__session_begun(const pf__session *s);
+/* What the library says of the error that ended it, lent for ever; NULL: nothing. */
+const char *pf__session_reason(const pf__session *s);
 void pf__session_describe(pf__session *s, pf_tls_info *info);
 
 /* ---- deflate.c: permessage-deflate (RFC 7692) ---------------------------------------*/

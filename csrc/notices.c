@@ -30,6 +30,9 @@ pf__notices_append(pf_loop *loop, const pf_conn *conn, int kind, int code)
     pf__notices *notices = &loop->notices;
     if (notices->first + notices->count == notices->cap && !grow_notices(notices))
         return;
-    notices->list[notices->first + notices->count++] = (pf_notice){
+    pf_notice *notice = &notices->list[notices->first + notices->count++];
+    *notice = (pf_notice){
         .connection = conn->id, .kind = kind, .code = code, .peer = conn->peer};
+    if (kind == PF_NOTICE_ERROR && conn->session != NULL)
+        notice->reason = pf__session_reason(conn->session);
 }

@@ -641,6 +641,7 @@ typedef struct pf_notice {
     uint64_t connection; /* a number that no other connection of this loop had */
     int kind, code;
     pf_peer peer;
+    const char *reason;  /* of an error of TLS, in OpenSSL's words; NULL: none. Lent for ever */
 } pf_notice;
 
 int pf_loop_notices(pf_loop *loop, pf_notice *out, int max); /* takes them out */

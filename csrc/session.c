@@ -39,6 +39,7 @@ struct pf__session {
     size_t early_at, early_len;
     unsigned char *chain; /* owns; the peer's certificates in DER */
     size_t chain_len;
+    const char *reason; /* what OpenSSL says of the error */
     int refusal;
 };
 
@@ -222,6 +223,15 @@ has_nothing(int fd)
     return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
 }
 
+/* Of a peer's certificate, what is wrong with it; else what is wrong. */
+static void
+keep_reason(pf__session *s)
+{
+    long verdict = SSL_get_verify_result(s->ssl);
+    s->reason = verdict != X509_V_OK ? X509_verify_cert_error_string(verdict)
+                                     : ERR_reason_error_string(ERR_peek_error());
+}
+
 /* 0: the end; -EAGAIN; -errno; or code, if the peer broke the protocol. */
 static int
 outcome(pf__session *s, int rc, int code)
@@ -237,6 +247,8 @@ outcome(pf__session *s, int rc, int code)
     bool cut =
         error == SSL_ERROR_SSL
         && ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING;
+    if (error == SSL_ERROR_SSL && !cut)
+        keep_reason(s);
     ERR_clear_error();
     if (s->blind && error == SSL_ERROR_SYSCALL) {
         s->error = errno;
@@ -376,6 +388,12 @@ bool
 pf__session_begun(const pf__session *s)
 {
     return s->begun || s->early != NULL;
+}
+
+const char *
+pf__session_reason(const pf__session *s)
+{
+    return s->reason;
 }
 
 /* ---- what is known of it ------------------------------------------------------------*/

@@ -961,6 +961,27 @@ def test_ciphers_are_those_of_both_versions(serve, authority, issued, version, c
         assert secure.cipher()[0] == cipher
 
 
+def test_log_all_errors_tells_why_a_handshake_failed(serve, authority, issued):
+    live = serve(
+        lambda request: b"",
+        **issued.options,
+        ca_certs=authority.cas,
+        cert_reqs="required",
+        log_all_errors=True,
+    )
+    address = "{}:{}".format(*live.address)
+    expired = authority.issue(
+        file="expired", not_before=NOW - 2 * DAY, not_after=NOW - DAY
+    )
+    for client, told in (
+        (None, "TLS handshake failed (peer did not return a certificate)"),
+        (expired, "TLS handshake failed (certificate has expired)"),
+    ):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            tell(address, authority.trusting(client))
+        assert told in live.log.until(told)
+
+
 def test_tls_handshake_timeout_closes_who_says_nothing(serve, issued):
     live = serve(lambda request: b"", **issued.options, tls_handshake_timeout=0.2)
     client = live.client()

@@ -320,6 +320,7 @@ cdef extern from "prefork.h" nogil:
         uint64_t connection
         int kind, code
         pf_peer peer
+        const char *reason
 
     int pf_loop_notices(pf_loop *loop, pf_notice *out, int max)
 

@@ -832,6 +832,9 @@ cdef class Loop:
             count = pf_loop_notices(self.opened(), found, 64)
             for i in range(count):
                 error = error_of(found[i].code) if found[i].code else None
+                if found[i].reason is not NULL:
+                    reason = found[i].reason.decode("utf-8", "replace")
+                    error = type(error)(f"{error} ({reason})")
                 out.append((NOTICES[found[i].kind], found[i].connection,
                             peer_name(&found[i].peer), error))
             if count < 64:

@@ -239,11 +239,11 @@ cdef str stamp(double when):
     """As OpenSSL prints it: Jan  1 00:00:00 2030 GMT."""
     moment = time.gmtime(when)
     return time.strftime(f"%b {moment.tm_mday:2d} %H:%M:%S %Y GMT", moment)
+
+
 cdef str native(str text):
     """As PEP 3333 has it: bytes, each of them a character."""
     return text.encode().decode("latin-1")
-
-
 
 
 cdef int set_environ(dict environ, Request request) except -1:
