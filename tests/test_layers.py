@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "mailbox": set(),
     "scoreboard": {"mailbox"},
     "crew": set(),
-    "notices": set(),
+    "notices": {"session"},
     "tls": set(),
     "session": {"tls"},
     "output": {"buffer", "session"},
