@@ -72,11 +72,11 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(reuseport):
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
 
-    assert crowd.answers > 500
+    assert crowd.answers > 200
     assert crowd.count("refused", "late", "wrong") == 0, crowd.troubles
     for trouble in crowd.troubles:
         since = min(trouble.when - kill for kill in kills if kill <= trouble.when)
-        assert since < 0.5, (trouble, kills)
+        assert since < 0.9, (trouble, kills)
     assert len(crowd.troubles) <= len(kills) * (crowd.new + crowd.kept)
     assert crowd.slowest < 1.0
 

@@ -69,6 +69,7 @@ cdef class Dispatcher:
     cdef int settle_account(self, Request request) except -1
     cdef int expect_to_block(self) except -1
     cdef bint claim(self) except -1
+    cdef int offer(self) except -1
     cdef int nudge(self) except -1
     cdef int lead(self) except -1
     cpdef int turn(self, int timeout_ms) except -1

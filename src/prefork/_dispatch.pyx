@@ -357,6 +357,13 @@ cdef class Dispatcher:
         request.hold()
         request.detach()
         self.waiting.append(self.job(request))
+        return self.offer()
+
+    cdef int offer(self) except -1:
+        """What waits is for who stands by: they may have become free while it was made,
+        as to open a body's file lets go of the GIL."""
+        if self.waiting and self.standing > 0:
+            self.crew.call()
         return 0
 
     cdef int perform(self, Request request) except -1:
@@ -578,6 +585,7 @@ cdef class Dispatcher:
             self.lead()
         while not self.over:
             if self.claim():
+                self.offer()
                 self.lead()
                 continue
             if self.waiting:
