@@ -443,7 +443,9 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.starting = True
         try:
             shift.call()
-            coroutine = shift if self.shares else shift.coroutine
+            coroutine = shift.coroutine
+            if self.shares and shift.exchange is self.exchange:
+                coroutine = shift  # else it is a WebSocket's, which waits all the time
             task = PyObject_Call(self.make_task, (coroutine,), self.how)
         except BaseException as error:
             self.check_fork(error)
