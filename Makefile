@@ -61,7 +61,7 @@ units: build/debug/Makefile
 	@ctest --preset debug
 
 pytest: $(VENV)/.package $(VENV)/.group-test
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 autobahn: $(VENV)/.package build/autobahn/.wstest ## run the Autobahn test suite (AUTOBAHN_CASES='1.*,12.*')
 	@$(BIN)/python tests/autobahn/run.py --cases '$(AUTOBAHN_CASES)' $(AUTOBAHN_ARGS)
