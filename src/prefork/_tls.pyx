@@ -7,8 +7,9 @@ import time
 
 from prefork.errors import CertificateError
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.string cimport memset, strlen
+from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint16_t
+from libc.string cimport memcmp, memset, strlen
 
 from prefork._core cimport (
     PF_ERR_TLS_CERTIFICATE,
@@ -219,6 +220,11 @@ cdef object info_of(Request request):
     cdef pf_tls_info found
     if not pf_request_tls(request.known(), &found):
         return None
+    return told(&found)
+
+
+cdef object told(const pf_tls_info *found):
+    """The same of what the core tells."""
     info = Info()
     info.version = text_of(found.version_name)
     info.version_number = found.version
@@ -246,16 +252,29 @@ cdef str native(str text):
     return text.encode().decode("latin-1")
 
 
+cdef dict fixed = {}  # texts that the core lends for ever, by where they are
+
+
+cdef str fixed_text(const char *text):
+    found = fixed.get(<size_t>text)
+    if found is None:
+        found = fixed[<size_t>text] = text_of(text)
+    return <str>found
+
+
 cdef int set_environ(dict environ, Request request) except -1:
     """The variables of Apache's mod_ssl, for what they are known by."""
-    info = info_of(request)
-    environ["SSL_PROTOCOL"], environ["SSL_CIPHER"] = info.version, info.cipher
-    if info.server_name is not None:
-        environ["SSL_TLS_SNI"] = native(info.server_name)
-    client = info.client
-    environ["SSL_CLIENT_VERIFY"] = "NONE" if client is None else "SUCCESS"
-    if client is None:
+    cdef pf_tls_info found
+    if not pf_request_tls(request.known(), &found):
         return 0
+    environ["SSL_PROTOCOL"] = fixed_text(found.version_name)
+    environ["SSL_CIPHER"] = fixed_text(found.cipher_name)
+    if found.server_name is not NULL:
+        environ["SSL_TLS_SNI"] = native(text_of(found.server_name))
+    environ["SSL_CLIENT_VERIFY"] = "NONE" if found.client is NULL else "SUCCESS"
+    if found.client is NULL:
+        return 0
+    client = chain_of(found.client, found.client_len)[0]
     environ["SSL_CLIENT_S_DN"] = native(client.subject)
     environ["SSL_CLIENT_I_DN"] = native(client.issuer)
     environ["SSL_CLIENT_M_SERIAL"] = client.serial
@@ -265,9 +284,39 @@ cdef int set_environ(dict environ, Request request) except -1:
     return 0
 
 
+cdef bytes last_server = b""  # of a connection whose client had no certificate:
+cdef int last_version
+cdef uint16_t last_cipher
+cdef dict last_extension      # most are like it
+
+
+cdef bint is_like_last(const pf_tls_info *found):
+    return (found.client is NULL and found.version == last_version
+            and found.cipher == last_cipher
+            and found.server_len == <size_t>PyBytes_GET_SIZE(last_server)
+            and memcmp(found.server, <const char *>last_server, found.server_len) == 0)
+
+
 cdef dict extension_of(Request request):
     """What ASGI's tls extension tells."""
-    info = info_of(request)
+    global last_server, last_version, last_cipher, last_extension
+    cdef pf_tls_info found
+    cdef dict extension
+    if not pf_request_tls(request.known(), &found):
+        return {}
+    if is_like_last(&found):
+        extension = last_extension.copy()
+        extension["client_cert_chain"] = []  # the app's own
+        return extension
+    extension = extension_with(told(&found))
+    if found.client is NULL:
+        last_server = <bytes>(<const char *>found.server)[:found.server_len]
+        last_version, last_cipher = found.version, found.cipher
+        last_extension = extension.copy()
+    return extension
+
+
+cdef dict extension_with(info):
     client = info.client
     return {
         "server_cert": info.server.pem,
