@@ -885,20 +885,32 @@ begin_handshake(pf_conn *conn)
 }
 
 static void
+drop_session(pf_conn *conn)
+{
+    pf__session_free(conn->session);
+    conn->session = NULL;
+}
+
+static void
 handshake_failed(pf_conn *conn, int error)
 {
-    conn->loop->row->stats.refused++;
-    if (error == PF_ERR_TLS_PLAIN) { /* it is told in its own language */
-        pf__session_free(conn->session);
-        conn->session = NULL;
+    if (error == -ECONNRESET && !pf__session_begun(conn->session)) {
+        pf__conn_kill(conn); /* a balancer that looks whether we are there */
+        return;
+    }
+    if (error == PF_ERR_TLS_PLAIN) {
+        drop_session(conn); /* it is told in its own language */
         pf__conn_refuse(conn, error);
         return;
     }
+    conn->loop->row->stats.refused++;
     pf__notices_add(conn->loop, conn, PF_NOTICE_ERROR, error);
-    if (error == PF_ERR_TLS_HANDSHAKE)
-        begin_closing(conn, true); /* so that the alert arrives */
-    else
+    if (error == PF_ERR_TLS_HANDSHAKE) { /* the alert is out, and is to arrive */
+        drop_session(conn);
+        begin_closing(conn, true);
+    } else {
         pf__conn_kill(conn);
+    }
 }
 
 static int

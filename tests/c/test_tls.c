@@ -524,6 +524,28 @@ a_handshake_takes_so_long(void)
     close_server();
 }
 
+static bool
+somebody_came(void)
+{
+    return stats().closed > 0;
+}
+
+static void
+who_only_looks_whether_we_are_there_is_no_error(void)
+{
+    pf_notice notices[8];
+    pf_tls_options o = plain_options();
+    options.flags |= PF_OPTION_NOTICES;
+    open_secure(opened_tls(&o));
+    close(connected_peer());
+    turn_until(somebody_came);
+    int n = pf_loop_notices(loop, notices, 8);
+    for (int i = 0; i < n; i++)
+        assert(notices[i].kind != PF_NOTICE_ERROR);
+    assert(n == 2 && stats().refused == 0);
+    close_server();
+}
+
 static void
 over_the_limit_is_told_in_tls(void)
 {
@@ -986,6 +1008,7 @@ main(void)
     who_has_said_something_stays();
     a_handshake_may_end_anywhere();
     a_handshake_takes_so_long();
+    who_only_looks_whether_we_are_there_is_no_error();
     over_the_limit_is_told_in_tls();
     a_close_is_told_from_a_cut();
     who_has_closed_its_side_is_still_answered();
