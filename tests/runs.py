@@ -18,6 +18,17 @@ HERE = Path(__file__).parent
 HALF, REST = b"GET / HTTP/1.1\r\n", b"\r\n"
 MODES = {"shared": "reuseport=False", "reuseport": "reuseport=True"}
 
+WAYS = pytest.mark.parametrize(
+    "way",
+    [
+        "reuseport=False",
+        "reuseport=True",
+        "spawn='exec'",
+        "spawn='exec', reuseport=1>0",
+    ],
+    ids=["fork-shared", "fork-slots", "exec-shared", "exec-slots"],
+)
+
 Start = Callable[..., Program]
 
 

@@ -11,21 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 from programs import SOON, Program, ask, connect, ending, kill, read_all
-from runs import HALF, REST, finish, ready, stop, who
+from runs import HALF, REST, WAYS, finish, ready, stop, who
 
 from prefork import Prefork
 from prefork.errors import ConfigError
-
-WAYS = pytest.mark.parametrize(
-    "way",
-    [
-        "reuseport=False",
-        "reuseport=True",
-        "spawn='exec'",
-        "spawn='exec', reuseport=1>0",
-    ],
-    ids=["fork-shared", "fork-slots", "exec-shared", "exec-slots"],
-)
 
 # A program whose workers answer with the text that was in a file when it was loaded.
 LOADED = """

@@ -24,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509 import ocsp
 from programs import SOON, Program, ask, without_sanitizers
-from runs import ready, stop
+from runs import WAYS, ready, stop
 
 from prefork import Prefork, Server
 from prefork.config import DEFAULTS, OPTIONS, Group
@@ -33,17 +33,6 @@ from prefork.errors import CertificateError, ConfigError
 CURL = shutil.which("curl")
 OPENSSL = shutil.which("openssl")
 KEEP = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-
-WAYS = pytest.mark.parametrize(
-    "way",
-    [
-        "reuseport=False",
-        "reuseport=True",
-        "spawn='exec'",
-        "spawn='exec', reuseport=1>0",
-    ],
-    ids=["fork-shared", "fork-slots", "exec-shared", "exec-slots"],
-)
 
 APP = """
 def app(request):
