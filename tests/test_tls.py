@@ -935,7 +935,7 @@ def test_a_head_and_its_body_are_one_record(either, authority):
     client.send(GET)
     record = client.socket.raw.recv(65536)
     assert record[:3] == b"\x17\x03\x03"
-    assert int.from_bytes(record[3:5]) == len(record) - 5
+    assert int.from_bytes(record[3:5], "big") == len(record) - 5
     client.socket.into.write(record)
     assert client.answer().body == b"hello"
 
