@@ -133,14 +133,9 @@ cdef class Dispatcher:
 
     def run(self):
         """Serve until the loop has drained, or notices have come."""
-        try:
-            while not self.drained:
-                if self.turn(-1) == 0:
-                    PyErr_CheckSignals()
-        finally:
-            if self.sender is not None:
-                self.sender.close()
-                self.inside = False
+        while not self.drained:
+            if self.turn(-1) == 0:
+                PyErr_CheckSignals()
 
     cpdef int turn(self, int timeout_ms) except -1:
         """One turn of the loop: wait, then handle the batch. Returns its size."""
@@ -241,36 +236,6 @@ cdef class Dispatcher:
         if self.count == 0:
             PyErr_CheckSignals()
         return 0
-
-    # ---- One thread, and who sends for it ----
-
-    cdef bint sends_later(self):
-        """Whether an answer that is queued will be sent although its thread goes on."""
-        return self.crew is not None or self.sender is not None
-
-    cdef int start_sender(self) except -1:
-        """Have answers sent amid the handlers of one thread, if these take their time.
-
-        So an answer need not be sent before the app is called again, each by itself: it
-        may leave together with others, which wakes fewer clients.
-        """
-        sender = Crew()
-        try:
-            threading.Thread(target=self.keep_sending, args=(sender,), daemon=True,
-                             name="prefork-sender").start()
-        except RuntimeError:
-            return 0  # no thread is to be had: answers are sent at once
-        self.sender = sender
-        return 0
-
-    def keep_sending(self, Crew sender):
-        """The life of the sender. With the GIL it may use the loop of a thread that is
-        in a handler; that one takes it back by leave(), also with the GIL."""
-        while sender.stand_by(self.loop) != PF_CREW_CLOSED:
-            if self.inside:
-                self.inside = False  # nothing more to send until it enters again
-                sender.end()
-                self.loop.flush()
 
     # ---- Events ----
 
@@ -463,12 +428,7 @@ cdef class Dispatcher:
 
     cdef int enter(self, Request request) except -1:
         """A handler begins: while it runs, the lead may be claimed."""
-        if self.crew is None:
-            if self.sender is not None and not self.inside:
-                self.inside = True
-                self.sender.begin()
-            return 0
-        if self.leader != PyThread_get_thread_ident():
+        if self.crew is None or self.leader != PyThread_get_thread_ident():
             return 0
         if self.eager > 0 and self.hand_on(request):
             return 0
@@ -512,9 +472,6 @@ cdef class Dispatcher:
         """It has ended. False: somebody else leads."""
         cdef int64_t before
         if self.crew is None:
-            if self.inside:
-                self.inside = False
-                self.sender.end()
             return True
         if request.handed_on > 0:
             self.settle_account(request)
