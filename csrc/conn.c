@@ -223,6 +223,13 @@ pf__conn_kill(pf_conn *conn)
     pf__conn_reap(conn);
 }
 
+static void
+drop_session(pf_conn *conn)
+{
+    pf__session_free(conn->session);
+    conn->session = NULL;
+}
+
 void
 pf__conn_reap(pf_conn *conn)
 {
@@ -233,8 +240,7 @@ pf__conn_reap(pf_conn *conn)
     pf__buffer_release(&loop->pool, &conn->in);
     pf__websocket_free(conn->websocket, &loop->pool);
     conn->websocket = NULL;
-    pf__session_free(conn->session);
-    conn->session = NULL;
+    drop_session(conn);
     pf_conn **list = loop->borrowed_out ? &loop->quarantine : &loop->free_conns;
     conn->next = *list;
     *list = conn;
@@ -869,26 +875,23 @@ first_byte_timeout(const pf_conn *conn)
 }
 
 /* ---- TLS ----------------------------------------------------------------------------*/
+/* refusal: 0, or the PF_ERR_* that is told once that can be. -ENOMEM: it is dead. */
 static int
-begin_handshake(pf_conn *conn)
+begin_handshake(pf_conn *conn, int refusal)
 {
     size_t early = conn->in.len - conn->raw; /* what came behind a PROXY header */
     conn->session = pf__session_new(conn->loop->tls, conn->source.fd,
                                     conn->in.data + conn->raw, early);
-    if (conn->session == NULL)
+    if (conn->session == NULL) {
+        pf__conn_kill(conn);
         return -ENOMEM;
+    }
+    pf__session_refuse(conn->session, refusal);
     pf__buffer_release(&conn->loop->pool, &conn->in);
     conn->raw = conn->base = 0;
     conn->phase = PF__PHASE_HANDSHAKE;
     conn->read_deadline = first_deadline(conn, conn->loop->options.tls_timeout_ms);
     return 0;
-}
-
-static void
-drop_session(pf_conn *conn)
-{
-    pf__session_free(conn->session);
-    conn->session = NULL;
 }
 
 static void
@@ -950,11 +953,8 @@ begin_introduced(pf_conn *conn, const pf_peer *client, const pf_peer *server)
         conn->raw = conn->in.len = 0;
     int rc = count_in(conn);
     if (conn->loop->tls != NULL) {
-        if (begin_handshake(conn) < 0) {
-            pf__conn_kill(conn);
+        if (begin_handshake(conn, rc) < 0)
             return CONTENT;
-        }
-        pf__session_refuse(conn->session, rc);
         set_deadlines(conn, conn->read_deadline);
         return advance_handshake(conn);
     }
@@ -1400,11 +1400,8 @@ pf__conn_open(pf_loop *loop, int fd, const pf__origin *origin, int refusal)
         loop->turned_away++;
     }
     if (loop->tls != NULL && !introduces) {
-        if (begin_handshake(conn) < 0) {
-            pf__conn_kill(conn);
+        if (begin_handshake(conn, refusal) < 0)
             return -ENOMEM;
-        }
-        pf__session_refuse(conn->session, refusal);
     } else if (refusal != 0) {
         turn_out(conn, refusal);
         return 0;

@@ -215,12 +215,13 @@ pf__session_refusal(const pf__session *s)
 }
 
 /* ---- what OpenSSL says --------------------------------------------------------------*/
-/* OpenSSL wants to read, and did not say whether it has tried. */
-static bool
-has_nothing(int fd)
+/* OpenSSL's BIO does not say what the kernel has: 1: a byte is there, 0: the end is,
+ * -EAGAIN: nothing, or -errno. */
+static int
+peek(const pf__session *s, char *byte)
 {
-    char byte;
-    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+    ssize_t n = recv(s->fd, byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return n < 0 ? -errno : (int)n;
 }
 
 /* Of a peer's certificate, what is wrong with it; else what is wrong. */
@@ -238,8 +239,9 @@ outcome(pf__session *s, int rc, int code)
 {
     int error = SSL_get_error(s->ssl, rc);
     s->waits = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE;
+    char byte;
     if (s->waits && s->blind)
-        s->dry = has_nothing(s->fd);
+        s->dry = peek(s, &byte) == -EAGAIN;
     if (s->waits)
         return -EAGAIN;
     if (error == SSL_ERROR_ZERO_RETURN)
@@ -276,8 +278,8 @@ static bool
 look_at_first(pf__session *s)
 {
     char byte;
-    ssize_t n = recv(s->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    s->waits = s->dry = n < 0 && errno == EAGAIN;
+    int n = peek(s, &byte);
+    s->waits = s->dry = n == -EAGAIN;
     if (n == 1)
         note_first(s, byte);
     return !s->waits;

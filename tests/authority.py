@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import trustme
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509 import ocsp
 from programs import connect, read_all
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
@@ -79,6 +81,26 @@ class Authority:
 
     def expired(self) -> Issued:
         return self.issue(not_before=NOW - 2 * DAY, not_after=NOW - DAY)
+
+    def says_good(self, issued: Issued) -> bytes:
+        """An OCSP response that a certificate is good, in DER (RFC 6960)."""
+        ca = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
+        key: Any = serialization.load_pem_private_key(
+            self.ca.private_key_pem.bytes(), None
+        )
+        builder = ocsp.OCSPResponseBuilder().add_response(
+            cert=x509.load_pem_x509_certificates(issued.cert.read_bytes())[0],
+            issuer=ca,
+            algorithm=hashes.SHA1(),
+            cert_status=ocsp.OCSPCertStatus.GOOD,
+            this_update=NOW - DAY,
+            next_update=NOW + DAY,
+            revocation_time=None,
+            revocation_reason=None,
+        )
+        builder = builder.responder_id(ocsp.OCSPResponderEncoding.HASH, ca)
+        response = builder.sign(key, hashes.SHA256())
+        return response.public_bytes(serialization.Encoding.DER)
 
     def trusting(self, client: Issued | None = None, **more: Any) -> ssl.SSLContext:
         """A client's context; client is what it presents."""

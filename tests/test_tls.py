@@ -29,8 +29,6 @@ import trustme
 from authority import Authority, Issued
 from crowd import Crowd
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509 import ocsp
 from live import GET, SOON, Held, Live, chunk, get, post
 from programs import Program
 from secure import SecureClient, dial, only
@@ -1118,7 +1116,7 @@ def test_an_ocsp_response_is_stapled_for_who_asks(
     serve, authority, issued, tmp_path, version
 ):
     path = tmp_path / "response.der"
-    path.write_bytes(response_for(authority, issued))
+    path.write_bytes(authority.says_good(issued))
     live = serve(hello, **issued.options, ocsp_file=str(path))
     with s_client(live, authority, version, "-status") as program:
         told = program.communicate(timeout=SOON)[0]
@@ -1126,29 +1124,6 @@ def test_an_ocsp_response_is_stapled_for_who_asks(
     assert b"Cert Status: good" in told
     with s_client(live, authority, version) as program:
         assert b"OCSP" not in program.communicate(timeout=SOON)[0]
-
-
-def response_for(authority: Authority, issued: Issued) -> bytes:
-    """An OCSP response that says that a certificate is good, in DER."""
-    cert = x509.load_pem_x509_certificate(issued.cert.read_bytes())
-    ca = x509.load_pem_x509_certificate(authority.ca.cert_pem.bytes())
-    key: Any = serialization.load_pem_private_key(
-        authority.ca.private_key_pem.bytes(), None
-    )
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = ocsp.OCSPResponseBuilder().add_response(
-        cert=cert,
-        issuer=ca,
-        algorithm=hashes.SHA1(),
-        cert_status=ocsp.OCSPCertStatus.GOOD,
-        this_update=now,
-        next_update=now + datetime.timedelta(days=1),
-        revocation_time=None,
-        revocation_reason=None,
-    )
-    builder = builder.responder_id(ocsp.OCSPResponderEncoding.NAME, ca)
-    response = builder.sign(key, hashes.SHA256())
-    return response.public_bytes(serialization.Encoding.DER)
 
 
 @pytest.mark.skipif(CURL is None, reason="curl is not installed")

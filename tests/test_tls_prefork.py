@@ -20,9 +20,6 @@ import psutil
 import pytest
 from authority import DAY, NOW, Authority, Issued, body, dial, serial, tell
 from crowd import Crowd, Stream
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509 import ocsp
 from programs import SOON, Program, ask, without_sanitizers
 from runs import WAYS, ready, stop
 
@@ -94,24 +91,26 @@ EMBED = """
 """
 
 
-@pytest.mark.contract("ListenAndServeTLS")
-@WAYS
-def test_listen_and_serve_tls_serves_with_files(run, issued, trusting, way):
-    program = run(f"server=Server(app), {way}, {FILES.format(files=issued.files)}")
+def serves_with(program: Program, issued: Issued, trusting: ssl.SSLContext) -> None:
+    """Its workers answer over TLS, with this certificate; then it stops."""
     address, pids = ready(program)
     assert worker(address, trusting) in pids
     assert serial(address, trusting) == issued.serial
     stop(program)
+
+
+@pytest.mark.contract("ListenAndServeTLS")
+@WAYS
+def test_listen_and_serve_tls_serves_with_files(run, issued, trusting, way):
+    program = run(f"server=Server(app), {way}, {FILES.format(files=issued.files)}")
+    serves_with(program, issued, trusting)
 
 
 @pytest.mark.contract("ListenAndServeTLSEmbed")
 @WAYS
 def test_listen_and_serve_tls_embed_serves_with_bytes(run, issued, trusting, way):
     program = run(f"server=Server(app), {way}, {EMBED.format(files=issued.files)}")
-    address, pids = ready(program)
-    assert worker(address, trusting) in pids
-    assert serial(address, trusting) == issued.serial
-    stop(program)
+    serves_with(program, issued, trusting)
 
 
 @WAYS
@@ -978,28 +977,9 @@ def test_tls_handshake_timeout_closes_who_says_nothing(serve, issued):
     assert client.rest() == b""
 
 
-def stapled(authority: Authority, issued: Issued) -> bytes:
-    """An OCSP response that says the certificate is good."""
-    authority_cert = x509.load_pem_x509_certificate(authority.ca.cert_pem.bytes())
-    key = serialization.load_pem_private_key(authority.ca.private_key_pem.bytes(), None)
-    builder = ocsp.OCSPResponseBuilder().add_response(
-        cert=x509.load_pem_x509_certificates(issued.cert.read_bytes())[0],
-        issuer=authority_cert,
-        algorithm=hashes.SHA1(),
-        cert_status=ocsp.OCSPCertStatus.GOOD,
-        this_update=NOW - DAY,
-        next_update=NOW + DAY,
-        revocation_time=None,
-        revocation_reason=None,
-    )
-    builder = builder.responder_id(ocsp.OCSPResponderEncoding.HASH, authority_cert)
-    response = builder.sign(key, hashes.SHA256())
-    return response.public_bytes(serialization.Encoding.DER)
-
-
 @pytest.mark.skipif(OPENSSL is None, reason="openssl is not installed")
 def test_an_ocsp_response_is_stapled(serve, authority, issued, tmp_path):
-    (tmp_path / "ocsp.der").write_bytes(stapled(authority, issued))
+    (tmp_path / "ocsp.der").write_bytes(authority.says_good(issued))
     live = serve(lambda request: b"", **issued.options, ocsp_file=tmp_path / "ocsp.der")
     command = [str(OPENSSL), "s_client", "-status", "-servername", "localhost"]
     command += ["-CAfile", str(authority.cas), "-connect"]

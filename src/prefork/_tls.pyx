@@ -208,6 +208,16 @@ class Info:
     )
 
 
+cdef dict fixed = {}  # texts that the core lends for ever, by where they are
+
+
+cdef str fixed_text(const char *text):
+    found = fixed.get(<size_t>text)
+    if found is None:
+        found = fixed[<size_t>text] = text_of(text)
+    return <str>found
+
+
 cdef str text_or_none(const char *text, Py_ssize_t size):
     return None if text is NULL else text[:size].decode("latin-1")
 
@@ -226,9 +236,9 @@ cdef object info_of(Request request):
 cdef object told(const pf_tls_info *found):
     """The same of what the core tells."""
     info = Info()
-    info.version = text_of(found.version_name)
+    info.version = fixed_text(found.version_name)
     info.version_number = found.version
-    info.cipher = text_of(found.cipher_name)
+    info.cipher = fixed_text(found.cipher_name)
     info.cipher_number = found.cipher
     name = found.server_name
     info.server_name = None if name is NULL else text_of(name)
@@ -250,16 +260,6 @@ cdef str stamp(double when):
 cdef str native(str text):
     """As PEP 3333 has it: bytes, each of them a character."""
     return text.encode().decode("latin-1")
-
-
-cdef dict fixed = {}  # texts that the core lends for ever, by where they are
-
-
-cdef str fixed_text(const char *text):
-    found = fixed.get(<size_t>text)
-    if found is None:
-        found = fixed[<size_t>text] = text_of(text)
-    return <str>found
 
 
 cdef int set_environ(dict environ, Request request) except -1:

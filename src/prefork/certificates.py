@@ -171,11 +171,7 @@ class Certificates:
         secret = None if password is None else password.encode()
         for place in self.places:
             pair = place.read()
-            try:
-                added = tls.add(pair.cert, pair.key, secret, pair.ocsp)
-            except CertificateError as error:
-                raise CertificateError(f"{place}: {error}") from None
-            self.found.append(added)
+            self._add(tls, place, pair.cert, pair.key, secret, pair.ocsp)
         return tls
 
     def check(self) -> None:
@@ -183,12 +179,15 @@ class Certificates:
         tls, self.found = self._open(), []
         for place in self.places:
             pair = place.read()
-            if pair.encrypted:
-                continue
-            try:
-                self.found.append(tls.add(pair.cert, pair.key))
-            except CertificateError as error:
-                raise CertificateError(f"{place}: {error}") from None
+            if not pair.encrypted:
+                self._add(tls, place, pair.cert, pair.key)
+
+    def _add(self, tls: _tls.Tls, place: Files | Data, *what: bytes | None) -> None:
+        """Have tls.add() take it; an error names the place."""
+        try:
+            self.found.append(tls.add(*what))  # type: ignore[arg-type]
+        except CertificateError as error:
+            raise CertificateError(f"{place}: {error}") from None
 
     def _open(self) -> _tls.Tls:
         config = self.config
