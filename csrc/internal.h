@@ -372,6 +372,8 @@ int pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int statu
                        const char *reason, size_t reason_len, int64_t length);
 int pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *name,
                        size_t name_len, const char *value, size_t value_len);
+int pf__response_line(pf__pool *pool, pf__buffer *out, pf__answer *a,
+                      const pf_line *line);
 /* 101 Switching Protocols to a WebSocket. extensions, subprotocol: NULL for none. */
 int pf__response_switch(pf__pool *pool, pf__buffer *out, pf__answer *a,
                         const char *accept, size_t accept_len, const char *subprotocol,

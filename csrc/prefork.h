@@ -695,6 +695,18 @@ int pf_request_limit(pf_request *request, int64_t max_body_size,
 int pf_request_refuse(pf_request *request, int code); /* answer code's status and close;
                                                          ends the loan */
 
+/* A field that comes again and again: checked and laid out once, for many answers. */
+typedef struct {
+    const char *text; /* "Name: value\r\n", lent by who has prepared it */
+    size_t name_len, value_len;
+    int64_t length;   /* of the body, if it says that; else -1 */
+    unsigned notes;   /* what an answer learns by it, and */
+    bool spoken_for;  /* whether it is written by the answer itself, where that ends */
+} pf_line;
+int pf_response_prepare(pf_line *line, const char *text, size_t name_len,
+                        size_t value_len); /* 0, or what pf_response_check_field() says:
+      then, in some answer, it may still be a field. Any thread */
+
 /* The answer: begin, field.., write.., end. Fields come one by one, so that CR, LF and
  * NUL are refused in one place for all interfaces. After an error the unsent head can
  * be dropped with pf_request_reset() and another answer begun. */
@@ -707,6 +719,8 @@ int pf_request_set_length(pf_request *request, uint64_t length); /* of the body,
 int64_t pf_request_length(const pf_request *request); /* as announced; -1: unknown */
 int pf_request_field(pf_request *request, const char *name, size_t name_len,
                      const char *value, size_t value_len); /* copies */
+int pf_request_line(pf_request *request, const pf_line *line); /* pf_request_field() with
+      what was checked before */
 int pf_request_trailers(pf_request *request); /* fields will follow the body; before the
       first write. 1: the peer takes them, so the body is chunked, of whatever length,
       and a Trailer field is let through; 0: it does not, or there is no body, and they

@@ -259,6 +259,14 @@ pf_request_field(pf_request *r, const char *name, size_t name_len, const char *v
                               value_len);
 }
 
+int
+pf_request_line(pf_request *r, const pf_line *line)
+{
+    if (r->dead)
+        return PF_ERR_CLOSED;
+    return pf__response_line(pool(r), &r->conn->out, &r->answer, line);
+}
+
 /* Whether the connection is kept is known only now, and announced before the fact. */
 static inline void
 decide_keep(pf_request *r)

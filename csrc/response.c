@@ -356,6 +356,47 @@ pf__response_field(pf__pool *pool, pf__buffer *out, pf__answer *a, const char *n
     return 0;
 }
 
+int
+pf_response_prepare(pf_line *line, const char *text, size_t name_len, size_t value_len)
+{
+    pf__answer alone = {.length = -1};
+    const char *value = text + name_len + 2;
+    int rc = check_field(text, name_len, value, value_len);
+    if (rc == 0)
+        rc = note_field(&alone, text, name_len, value, value_len);
+    if (rc < 0)
+        return rc;
+    *line = (pf_line){.text = text,
+                      .name_len = name_len,
+                      .value_len = value_len,
+                      .length = alone.length,
+                      .notes = alone.flags,
+                      .spoken_for = rc == 1};
+    return 0;
+}
+
+int
+pf__response_line(pf__pool *pool, pf__buffer *out, pf__answer *a, const pf_line *line)
+{
+    bool ordinary =
+        (a->flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED)) == PF__ANSWER_BEGUN
+        && a->status != 101 && (line->length < 0 || a->length < 0);
+    if (PF__UNLIKELY(!ordinary))
+        return pf__response_field(pool, out, a, line->text, line->name_len,
+                                  line->text + line->name_len + 2, line->value_len);
+    size_t len = line->name_len + line->value_len + 4;
+    if (!line->spoken_for) {
+        int rc = pf__buffer_reserve(pool, out, len);
+        if (rc < 0)
+            return rc;
+        pf__buffer_put(out, line->text, len);
+    }
+    a->flags |= (uint16_t)line->notes;
+    if (line->length >= 0)
+        a->length = line->length;
+    return 0;
+}
+
 enum { FRAMING_MAX = 128 };
 
 /* Content-Length or Transfer-Encoding, RFC 9112 6. */

@@ -33,7 +33,8 @@ def compile_program(directory: Path) -> Path:
     options = ["-std=c11", "-O1", "-g", "-D_GNU_SOURCE=", f"-I{ROOT / 'csrc'}"]
     compiler = os.environ.get("CC", "cc")
     files = ["-o", str(program), *map(str, sources)]
-    subprocess.run([compiler, *options, *files, "-pthread", "-lz"], check=True)
+    libraries = ["-pthread", "-lz", "-lssl", "-lcrypto"]
+    subprocess.run([compiler, *options, *files, *libraries], check=True)
     return program
 
 

@@ -137,21 +137,28 @@ def refused(live: Live, reason: str, request: bytes = GET) -> bool:
 # ---- environ: the request line and the ends ------------------------------------------
 
 
+TIMES = 10
+
+
 def environs(
     serve: Any, request: bytes, *args: Any, strict: bool = True, **options: Any
 ) -> list[dict[str, Any]]:
-    """The environs of one request, sent three times: copies must be as the first."""
+    """The environs of a request sent TIMES times: what is made of the first, and then
+    is copied or lent again, must be as that. The validator sees half of them, as it
+    changes them, so that they are not lent.
+    """
     seen: list[dict[str, Any]] = []
 
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         seen.append(dict(environ))
         return hello(environ, start_response)
 
-    inner = validator(app) if strict else app
-    live = serve(
-        lambda environ, start: inner(environ, start), *args, interface="wsgi", **options
-    )
-    for _ in range(3):
+    def outer(environ: dict[str, Any], start_response: Any) -> Any:
+        checked = strict and len(seen) < TIMES // 2
+        return (validator(app) if checked else app)(environ, start_response)
+
+    live = serve(outer, *args, interface="wsgi", **options)
+    for _ in range(TIMES):
         live.ask(request)
     live.stop()
     return seen
@@ -249,13 +256,13 @@ ENVIRON: dict[str, tuple[bytes, str, Any]] = {
 def test_environ_tells(serve, name):
     request, key, expected = ENVIRON[name]
     seen = environs(serve, request)
-    assert [environ.get(key) for environ in seen] == [expected] * 3
+    assert [environ.get(key) for environ in seen] == [expected] * TIMES
 
 
 def test_environ_tells_of_the_server_as_a_whole(serve):
     seen = environs(serve, b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", strict=False)
     told = [(e["PATH_INFO"], e["RAW_URI"], e["REQUEST_URI"]) for e in seen]
-    assert told == [("*", "*", "*")] * 3
+    assert told == [("*", "*", "*")] * TIMES
 
 
 def test_environ_has_a_method_as_it_was_sent(serve):
@@ -273,9 +280,167 @@ def test_environ_is_a_dict_that_the_app_may_change(serve):
         return hello(environ, start_response)
 
     live = serve(app, interface="wsgi")
-    for _ in range(4):
+    for _ in range(TIMES):
         live.ask()
-    assert seen == [(dict, None, "a")] * 4
+    assert seen == [(dict, None, "a")] * TIMES
+
+
+# An environ and a start_response are lent to one request after the other, as long as no
+# app can tell: what follows are the ways to tell.
+
+
+def test_an_environ_that_is_kept_stays_as_it_was(wsgi):
+    kept = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["QUERY_STRING"] == "keep":
+            kept.append(environ)
+        return hello(environ, start_response)
+
+    live = wsgi(app, strict=False)
+    for target in ["/", "/", "/", "/a?keep", "/b?keep", "/", "/", "/c?keep"]:
+        live.ask(get(target))
+    live.stop()
+    told = [(e["PATH_INFO"], e["RAW_URI"]) for e in kept]
+    assert told == [(f"/{name}", f"/{name}?keep") for name in "abc"]
+    assert len({id(environ) for environ in kept}) == 3
+
+
+@pytest.mark.parametrize("change", ["add", "replace", "delete", "clear"])
+def test_what_an_app_changes_in_its_environ_no_other_one_sees(wsgi, change):
+    changes: dict[str, Callable[[dict[str, Any]], object]] = {
+        "add": lambda environ: environ.setdefault("mine", 1),
+        "replace": lambda environ: environ.update(HTTP_HOST="mine", REMOTE_ADDR="x"),
+        "delete": lambda environ: environ.pop("wsgi.input"),
+        "clear": lambda environ: environ.clear(),
+    }
+    seen = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        seen.append({**environ, "wsgi.early_hints": None, "REMOTE_PORT": None})
+        if environ["QUERY_STRING"]:
+            changes[change](environ)
+        return hello(environ, start_response)
+
+    live = wsgi(app, strict=False)
+    for target in ["/", "/", "/", "/?", "/?change", "/", "/?change", "/", "/"]:
+        live.ask(get(target))
+    live.stop()
+    plain = [environ for environ in seen if environ["RAW_URI"] == "/"]
+    assert plain == [plain[0]] * 6
+
+
+def test_what_is_asked_for_in_turns_has_its_own_environ(wsgi):
+    targets = ["/", "/a", "/a?b", "/?b", "/%61?", "//", "/%C3%A9"]
+    asked = [
+        *map(get, targets),
+        *(get(target, "X-Mine: 1") for target in targets),
+        get("/a", method="HEAD"),
+        get("/a", method="PUT"),
+        get("http://b/a"),
+        get("/a").replace(b"/1.1", b"/1.2"),
+        post(b"hello"),
+        CHUNKED + chunk(b"world") + chunk(b""),
+    ]
+    seen = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        told = {key: text for key, text in environ.items() if type(text) is str}
+        seen.append((told.pop("REMOTE_PORT"), told, environ["wsgi.input"].read()))
+        return hello(environ, start_response)
+
+    live = wsgi(app, strict=False)
+    clients = [live.client() for _ in range(3)]
+    ports = [str(client.socket.getsockname()[1]) for client in clients]
+    for step in range(1, 6):  # each time in another order, with other clients
+        for k in range(0, len(asked) * step, step):
+            clients[k % 3].ask(asked[k % len(asked)])
+    live.stop()
+    first: dict[int, Any] = {}
+    at = iter(seen)
+    for step in range(1, 6):
+        for k in range(0, len(asked) * step, step):
+            port, *told = next(at)
+            assert port == ports[k % 3]
+            assert told == first.setdefault(k % len(asked), told)
+    different = len({repr(told) for told in first.values()})
+    assert different == len(asked) - 1  # HTTP/1.2 is served as 1.1
+
+
+def test_a_start_response_that_is_kept_answers_no_other_request(wsgi):
+    kept = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["QUERY_STRING"]:
+            kept.append(start_response)
+        elif kept:
+            with pytest.raises(AssertionError, match="called twice"):
+                kept[-1]("500 Wrong", [])
+        return hello(environ, start_response)
+
+    live = wsgi(app, strict=False)
+    targets = ["/", "/", "/", "/?keep", "/", "/?keep", "/", "/"]
+    answers = [live.ask(get(target)) for target in targets]
+    live.stop()
+    assert [(a.status, a.body) for a in answers] == [(200, b"hi")] * len(targets)
+
+
+@pytest.mark.parametrize("way", ["iterated", "raised", "not started"])
+def test_an_environ_serves_again_behind_an_answer_of_another_kind(wsgi, way):
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        assert environ["QUERY_STRING"] in ("", "odd")
+        if not environ["QUERY_STRING"]:
+            return hello(environ, start_response)
+        if way == "raised":
+            raise ValueError(environ)
+        if way == "iterated":
+            start_response("203 Odd", [("X-Odd", "1")])
+            return (environ["QUERY_STRING"].encode() for _ in range(2))
+        return [b"not started"]
+
+    live = wsgi(app, strict=False)
+    odd = {"iterated": (203, b"oddodd")}.get(way, (500, b"Internal Server Error\n"))
+    for target in ["/", "/", "/", "/?odd", "/", "/", "/?odd", "/?odd", "/"]:
+        answer = live.ask(get(target))
+        assert (answer.status, answer.body) == (odd if "?" in target else (200, b"hi"))
+        assert ("x-odd" in dict(answer.headers)) == (answer.status == 203)
+    assert way == "iterated" or logged(live)
+
+
+def test_handlers_that_overlap_have_environs_of_their_own(serve):
+    arrived, seen = threading.Barrier(3), []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["QUERY_STRING"]:
+            arrived.wait(SOON)
+        seen.append((id(environ), environ["PATH_INFO"]))
+        if environ["QUERY_STRING"]:
+            arrived.wait(SOON)
+        return hello(environ, start_response)
+
+    live = serve(app, interface="wsgi", threads=3)
+    for _ in range(TIMES):
+        live.ask()
+    clients = [live.client() for _ in range(3)]
+    for name, client in zip("abc", clients, strict=True):
+        client.send(get(f"/{name}?wait"))
+    for client in clients:
+        assert client.answer().body == b"hi"
+    live.stop()
+    overlapping = seen[TIMES:]
+    assert sorted(path for _, path in overlapping) == ["/a", "/b", "/c"]
+    assert len({number for number, _ in overlapping}) == 3
+
+
+def test_early_hints_belong_to_the_request_that_gives_them(wsgi):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        environ["wsgi.early_hints"]([("Link", environ["PATH_INFO"])])
+        return hello(environ, start_response)
+
+    live = wsgi(app, strict=False)
+    for name in "aaabab":
+        assert live.ask(get(f"/{name}")).interim == [(103, [("link", f"/{name}")])]
+    live.stop()
 
 
 def test_environ_of_an_absolute_target_is_not_taken_for_that_of_another(serve):
@@ -336,12 +501,14 @@ def test_on_a_unix_socket_the_server_is_named_by_the_host_field(
 ):
     """PEP 3333: SERVER_NAME and SERVER_PORT can never be empty strings."""
     seen = environs(serve, request_, f"unix:{tmp_path}/s")
-    assert [(e["SERVER_NAME"], e["SERVER_PORT"]) for e in seen] == [(name, port)] * 3
+    assert [(e["SERVER_NAME"], e["SERVER_PORT"]) for e in seen] == [
+        (name, port)
+    ] * TIMES
 
 
 def test_on_a_unix_socket_the_client_has_no_address(serve, tmp_path):
     seen = environs(serve, get(), f"unix:{tmp_path}/s")
-    assert [(e["REMOTE_ADDR"], e["REMOTE_PORT"]) for e in seen] == [("", "")] * 3
+    assert [(e["REMOTE_ADDR"], e["REMOTE_PORT"]) for e in seen] == [("", "")] * TIMES
 
 
 def test_unix_and_tcp_clients_of_one_server_are_told_apart(serve, tmp_path):
@@ -383,7 +550,7 @@ def test_unix_and_tcp_clients_of_one_server_are_told_apart(serve, tmp_path):
 def test_root_path_is_script_name_and_not_in_path_info(serve, target, script, path):
     seen = environs(serve, get(target), root_path="/shop")
     told = [(environ["SCRIPT_NAME"], environ["PATH_INFO"]) for environ in seen]
-    assert told == [(script, path)] * 3
+    assert told == [(script, path)] * TIMES
 
 
 @pytest.mark.parametrize("path", ["shop", "/shop/", "/"])

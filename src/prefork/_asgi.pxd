@@ -32,6 +32,7 @@ cdef class Mapping:
     cdef str name       # in a scope
     cdef dict original
     cdef dict lent      # in the template of scopes as well
+    cdef unsigned long seen  # changes, when it was last as it should be
 
     cdef int lend(self, dict template) except -1
     cdef bint is_same(self) noexcept
@@ -124,7 +125,7 @@ cdef class Exchange:
     cdef int send_hint(self, message) except -1
     cdef int refuse_behind_body(self, str kind) except -1
     cdef int send_trailers(self, message) except -1
-    cpdef bint is_full(self)
+    cpdef bint is_full(self) noexcept
     cdef int settle(self, task) except -1
     cdef str missing(self)
     cdef int fail(self, error) except -1

@@ -55,8 +55,10 @@ from prefork._core cimport (
     pf_peer,
     pf_request_body_done,
     pf_request_head,
+    remember,
 )
-from prefork._dispatch cimport same_host
+from prefork._dispatch cimport references, same_host
+from prefork._watch cimport changes, watch, watches
 
 
 try:
@@ -67,7 +69,6 @@ except ImportError:
 
 cdef extern from "Python.h":
     void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
-    Py_ssize_t refs "Py_REFCNT" (PyObject *thing)  # of an object, Cython makes one more
     Py_ssize_t PyDict_GET_SIZE(dict mapping)
     int PyUnicode_KIND(object text)
     void *PyUnicode_DATA(object text)
@@ -202,9 +203,12 @@ cdef class Mapping:
 
     cdef int lend(self, dict template) except -1:
         """Have the next copy of the template contain one."""
-        if refs(<PyObject *>self.lent) != 2 or not self.is_same():
+        cdef bint same = watches and self.seen == changes
+        if references(<PyObject *>self.lent) != 2 or not (same or self.is_same()):
             self.lent = PyDict_Copy(self.original)
+            watch(self.lent)
             PyDict_SetItem(template, self.name, self.lent)
+        self.seen = changes
         return 0
 
     cdef bint is_same(self) noexcept:
@@ -234,7 +238,7 @@ cdef class Pairs:
 
     cdef list lend(self):
         cdef Py_ssize_t size = PyTuple_GET_SIZE(self.original)
-        if (refs(<PyObject *>self.lent) != 1 or PyList_GET_SIZE(self.lent) != size
+        if (references(<PyObject *>self.lent) != 1 or PyList_GET_SIZE(self.lent) != size
                 or memcmp(PySequence_Fast_ITEMS(self.lent),
                           PySequence_Fast_ITEMS(self.original),
                           size * sizeof(PyObject *)) != 0):
@@ -245,6 +249,7 @@ cdef class Pairs:
 cdef Mapping mapping_of(str name, dict original):
     cdef Mapping found = Mapping.__new__(Mapping)
     found.name, found.original, found.lent = name, original, {}
+    watch(original)
     return found
 
 
@@ -425,9 +430,9 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         nobody else refers to any of them. That saves making and ending all three."""
         cdef Exchange exchange = self.exchange
         if (exchange is None
-                or refs(<PyObject *>exchange) != 4  # ours, a local one, two methods'
-                or refs(<PyObject *>self.receive) != 1
-                or refs(<PyObject *>self.send) != 1):
+                or references(<PyObject *>exchange) != 4  # ours, a local, two methods'
+                or references(<PyObject *>self.receive) != 1
+                or references(<PyObject *>self.send) != 1):
             exchange = self.exchange = Exchange.__new__(Exchange)
             exchange.dispatcher = self
             self.receive, self.send = exchange.receive, exchange.send
@@ -598,8 +603,8 @@ cdef class Shift:
 
     cdef Py_ssize_t count_refs(self) noexcept:
         """None of them is ever taken back, so a sum tells whether there are more."""
-        return (refs(<PyObject *>self.task) + refs(<PyObject *>self.context)
-                + refs(<PyObject *>self))
+        return (references(<PyObject *>self.task) + references(<PyObject *>self.context)
+                + references(<PyObject *>self))
 
     cdef Py_ssize_t weak_refs(self) except -1:
         return (<Py_ssize_t>weak_refs_of(self.task)
@@ -794,10 +799,14 @@ cdef class Exchange:
         if self.trailers:
             request.announce_trailers()
         try:
-            for name, value in self.fields:
+            for pair in self.fields:
+                if request.put_again(pair):
+                    continue
+                name, value = pair
                 if type(name) is not bytes or type(value) is not bytes:
                     name, value = bytes_of(name), bytes_of(value)
                 request.plain_field(<bytes>name, <bytes>value)
+                remember(pair)
         except BaseException:
             request.reset()
             raise
@@ -901,7 +910,7 @@ cdef class Exchange:
             self.complete()
         return 0
 
-    cpdef bint is_full(self):
+    cpdef bint is_full(self) noexcept:
         """Whether more is pending than should be."""
         return self.request.unsent() >= HIGH_WATER
 

@@ -375,6 +375,11 @@ cdef extern from "prefork.h" nogil:
                               size_t reason_len, int64_t length)
     int pf_request_set_length(pf_request *request, uint64_t length)
     int64_t pf_request_length(const pf_request *request)
+    ctypedef struct pf_line:
+        pass
+    int pf_response_prepare(pf_line *line, const char *text, size_t name_len,
+                            size_t value_len)
+    int pf_request_line(pf_request *request, const pf_line *line)
     int pf_request_field(pf_request *request, const char *name, size_t name_len,
                          const char *value, size_t value_len)
     int pf_request_trailers(pf_request *request)
@@ -426,6 +431,7 @@ cdef int check(int rc) except -1
 cdef bytes latin(object text)
 cdef int check_line(int status, bytes reason) except -1
 cdef int check_fields(list fields) except -1
+cdef int remember(object pair) except -1
 cdef bytes packed(const pf_peer *peer)
 cdef str host_of(const pf_peer *peer)
 
@@ -443,8 +449,8 @@ cdef class Crew:
     cdef int stand_by(self, Loop loop) except -1
     cdef void begin(self) noexcept
     cdef void end(self) noexcept
-    cdef bint call(self)
-    cdef unsigned long appoint(self)
+    cdef bint call(self) noexcept
+    cdef unsigned long appoint(self) noexcept
 
 cdef enum:
     BATCH = 64  # events handed out in one turn
@@ -467,11 +473,11 @@ cdef class Loop:
     cdef void lie_down(self) noexcept
     cdef int get_up(self, int count) except -1
     cdef void forget(self, pf_request *loan) noexcept
-    cdef int64_t touch(self)
-    cdef int64_t now(self)
+    cdef int64_t touch(self) noexcept
+    cdef int64_t now(self) noexcept
     cdef object run_calls(self)
     cdef int share(self) except -1
-    cdef bint borrow(self)
+    cdef bint borrow(self) noexcept
     cdef void give_back(self) noexcept
     cdef int leave_word(self, function, tuple arguments) except -1
 
@@ -487,8 +493,9 @@ cdef class Request:
     cdef public object exchange
     cdef double handed_on     # when, if the loop was before the handler began, else 0
     cdef void lend(self, Loop loop, pf_request *loan) noexcept
-    cdef bint is_whole(self)
-    cdef const char *bytes(self)
+    cdef bint is_blank(self) noexcept
+    cdef bint is_whole(self) noexcept
+    cdef const char *bytes(self) noexcept
     cdef pf_request *known(self) except NULL
     cdef pf_request *lent(self) except NULL
     cdef int detach(self) except -1
@@ -496,11 +503,11 @@ cdef class Request:
     cdef int ended(self) except -1
     cdef int drop(self) except -1
     cdef const pf_head *heading(self) except NULL
-    cdef size_t head_size(self)
+    cdef size_t head_size(self) noexcept
     cdef bytes span(self, pf_span span)
     cdef void ends(self, pf_peer *peer, pf_peer *local) noexcept
-    cdef bint asks_for_head(self)
-    cdef size_t unsent(self)
+    cdef bint asks_for_head(self) noexcept
+    cdef size_t unsent(self) noexcept
     cdef object origin(self)
     cdef bint is_forwarded(self) except -1
     cdef object told_scheme(self)
@@ -509,14 +516,15 @@ cdef class Request:
     cdef bint reply(self, int status, list pairs, bytes body) except -1
     cdef int start(self, int status, bytes reason, list fields) except -1
     cdef int tell_length(self, uint64_t length) except -1
+    cdef bint put_again(self, object pair) except -1
     cdef int plain_field(self, bytes name, bytes value) except -1
     cdef int announce_trailers(self) except -1
     cdef int trailer(self, bytes name, bytes value) except -1
     cdef int put(self, bytes data) except -1
     cdef int whole(self, bytes data) except -1
     cdef int conclude(self) except -1
-    cdef int64_t announced(self)
-    cdef int offered(self)
+    cdef int64_t announced(self) noexcept
+    cdef int offered(self) noexcept
     cdef int switch(self, bytes subprotocol, fields) except -1
     cdef object message(self)
     cdef int send_bytes(self, bytes data) except -1

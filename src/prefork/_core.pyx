@@ -16,8 +16,7 @@ from sys import intern
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.list cimport PyList_GET_ITEM
-from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT, Py_XDECREF, PyObject
 from cpython.unicode cimport (
     PyUnicode_AsUTF8AndSize,
     PyUnicode_DecodeLatin1,
@@ -486,11 +485,11 @@ cdef class Crew:
         """It has left it, or somebody leads in its place."""
         pf_crew_end(self.handle)
 
-    cdef bint call(self):
+    cdef bint call(self) noexcept:
         """Wake one who stands by; False: nobody does."""
         return pf_crew_call(self.handle)
 
-    cdef unsigned long appoint(self):
+    cdef unsigned long appoint(self) noexcept:
         """Wake one who stands by, to lead: which thread. 0: nobody is free."""
         return pf_crew_appoint(self.handle)
 
@@ -680,11 +679,11 @@ cdef class Loop:
                 self.events[i].flags = 0
                 self.events[i].request = NULL
 
-    cdef int64_t touch(self):
+    cdef int64_t touch(self) noexcept:
         """Read the clock; monotonic milliseconds."""
         return pf_loop_touch(self.handle)
 
-    cdef int64_t now(self):
+    cdef int64_t now(self) noexcept:
         """The clock as of the last wake-up or touch(); monotonic milliseconds."""
         return pf_loop_now(self.handle)
 
@@ -764,7 +763,7 @@ cdef class Loop:
         pf_loop_share(self.opened())
         return 0
 
-    cdef bint borrow(self):
+    cdef bint borrow(self) noexcept:
         """Whether the loop is the caller's until give_back(): its thread sleeps.
 
         The sleeper has set `asleep` and let go of the GIL, which we hold. Who has asked
@@ -892,7 +891,13 @@ cdef class Request:
         self.loop = loop
         self.head = pf_request_head(loan)
 
-    cdef bint is_whole(self):
+    cdef bint is_blank(self) noexcept:
+        """Whether it is as it was made: nothing of a loan is left."""
+        return (self.loan is NULL and self.copy is NULL and not self.held
+                and self.content is None and self.peer is None and self.local is None
+                and self.exchange is None and self.handed_on == 0)
+
+    cdef bint is_whole(self) noexcept:
         """Whether nothing more of it will arrive; only while it is on loan."""
         return pf_request_body_done(self.loan)
 
@@ -904,21 +909,23 @@ cdef class Request:
 
     cdef pf_request *lent(self) except NULL:
         """The loan, to be changed: the loop must not be at work without the GIL."""
-        if self.loan is not NULL and self.loop.asleep:
+        if self.loan is NULL:
+            return self.known()
+        if self.loop.asleep:
             raise RuntimeError("a request is answered in its loop's thread only")
-        return self.known()
+        return self.loan
 
     cdef const pf_head *heading(self) except NULL:
         if self.head is NULL:
             raise RuntimeError("this request is gone")
         return self.head
 
-    cdef const char *bytes(self):
+    cdef const char *bytes(self) noexcept:
         if self.copy is not NULL:
             return <const char *>self.head + self.head_size()
         return pf_request_bytes(self.loan)
 
-    cdef size_t head_size(self):
+    cdef size_t head_size(self) noexcept:
         return <size_t>(<const char *>&self.head.fields[self.head.nfields]
                         - <const char *>self.head)
 
@@ -1008,11 +1015,11 @@ cdef class Request:
             pf_request_get_peer(self.loan, peer)
             pf_request_get_local(self.loan, local)
 
-    cdef bint asks_for_head(self):
+    cdef bint asks_for_head(self) noexcept:
         """Whether the method is HEAD."""
         return (self.head.flags & PF_HEAD_IS_HEAD) != 0
 
-    cdef size_t unsent(self):
+    cdef size_t unsent(self) noexcept:
         """Bytes of the answer that the kernel has not taken."""
         return pf_request_pending(self.loan) if self.loan is not NULL else 0
 
@@ -1239,8 +1246,16 @@ cdef class Request:
                                        PyBytes_GET_SIZE(reason), -1)
         check(rc)
         for pair in fields:
-            put_pair(self, pair)
+            if not self.put_again(pair):
+                put_pair(self, pair)
         return 0
+
+    cdef bint put_again(self, object pair) except -1:
+        """Write a field whose pair was remembered, if it was, and may stand here."""
+        cdef Prepared *place = place_of(pair)
+        if place.pair != <void *>pair or (place.text is NULL and not prepare(place)):
+            return False
+        return pf_request_line(self.lent(), &place.line) == 0
 
     cdef int plain_field(self, bytes name, bytes value) except -1:
         """A field of bytes. One that speaks of the connection is ours to say, and is
@@ -1272,7 +1287,7 @@ cdef class Request:
         """set_length() for other modules."""
         return check(pf_request_set_length(self.lent(), length))
 
-    cdef int64_t announced(self):
+    cdef int64_t announced(self) noexcept:
         """The length of the body, as fields have said it; -1: unknown."""
         return pf_request_length(self.loan)
 
@@ -1382,7 +1397,7 @@ cdef class Request:
 
     # -- as a WebSocket --
 
-    cdef int offered(self):
+    cdef int offered(self) noexcept:
         """1: it asks to become a WebSocket; 0: it does not; < 0: it does so wrongly."""
         return pf_channel_offered(self.loan)
 
@@ -1528,24 +1543,57 @@ cdef int check_line(int status, bytes reason) except -1:
                                         PyBytes_GET_SIZE(reason)))
 
 
-# Pairs that were found good: apps have many of theirs from constants, which come again.
+# Apps have many of their pairs from constants, which come again, and nothing can change
+# a tuple of text: who comes again is known by being the same, and checked no more.
 cdef enum:
-    GOOD_PAIRS = 64
-cdef list good_pairs = [None] * GOOD_PAIRS
+    PREPARED = 64
+cdef struct Prepared:
+    void *pair    # owned
+    void *text    # owned bytes; NULL: it came once, or is not of all answers
+    pf_line line  # which lends it
+cdef Prepared prepared[PREPARED]
+memset(prepared, 0, sizeof(prepared))
+
+
+cdef inline Prepared *place_of(object pair) noexcept:
+    return &prepared[(<size_t>(<void *>pair) >> 4) % PREPARED]
 
 
 cdef int check_fields(list fields) except -1:
     """Raise TypeError or ProtocolError for (str, str) fields that no answer may have.
     """
-    cdef size_t place
     for pair in fields:
-        place = (<size_t>(<void *>pair) >> 4) % GOOD_PAIRS
-        if <void *>PyList_GET_ITEM(good_pairs, place) == <void *>pair:
-            continue
-        put_pair(None, pair)
-        if type(pair) is tuple and type(pair[0]) is str and type(pair[1]) is str:
-            good_pairs[place] = pair  # nothing can change it
+        if place_of(pair).pair != <void *>pair:
+            put_pair(None, pair)
+            remember(pair)
     return 0
+
+
+cdef int remember(object pair) except -1:
+    """A pair that was found good, if it stays as it is."""
+    cdef Prepared *place = place_of(pair)
+    cdef Prepared before = place[0]
+    if type(pair) is not tuple or type(pair[0]) is not type(pair[1]):
+        return 0
+    if type(pair[0]) is not str and type(pair[0]) is not bytes:
+        return 0
+    Py_INCREF(pair)
+    place.pair, place.text = <void *>pair, NULL
+    Py_XDECREF(<PyObject *>before.pair)
+    Py_XDECREF(<PyObject *>before.text)
+    return 0
+
+
+cdef bint prepare(Prepared *place) except -1:
+    """It has come again: lay it out, if it is a field of all answers."""
+    name, value = <object>place.pair
+    cdef bytes text = latin(name) + b": " + latin(value) + b"\r\n"
+    if pf_response_prepare(&place.line, PyBytes_AS_STRING(text), len(name),
+                           len(value)) < 0:
+        return False
+    Py_INCREF(text)
+    place.text = <void *>text
+    return True
 
 
 cdef bytes latin(object text):

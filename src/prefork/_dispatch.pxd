@@ -1,9 +1,15 @@
 # cython: language_level=3
 """From the loop's events to handlers. The theory stands in _dispatch.pyx."""
+from cpython.ref cimport PyObject
 from libc.string cimport memcmp
 
 from prefork cimport _core
 from prefork._core cimport Crew, Loop, Request, pf_event, pf_peer, pf_request
+
+
+cdef extern from "Python.h":
+    # To an argument that is an object, Cython makes one reference more.
+    Py_ssize_t references "Py_REFCNT" (PyObject *thing)
 
 
 cdef inline bint same_host(const pf_peer *a, const pf_peer *b) noexcept:
@@ -26,6 +32,7 @@ cdef class Dispatcher:
     cdef int count      # of its events
     cdef dict hosts     # addresses as text, by their bytes
     cdef list held      # events put aside while a handler waited
+    cdef Request spare  # for the next request; None: there is none
     cdef readonly set asked      # Futures of what other threads wait for
     cdef int pid        # whose loop this is
     # Of a crew; all of it is read and written under the GIL.
@@ -45,7 +52,7 @@ cdef class Dispatcher:
     cdef Request make(self)
     cdef int perform(self, Request request) except -1
     cdef tuple job(self, Request request)
-    cpdef bint in_child(self)
+    cpdef bint in_child(self) noexcept
     cpdef int check_fork(self, error) except -1
     cpdef int refuse_child(self) except -1
     cdef int give_up(self, asked) except -1
@@ -58,7 +65,7 @@ cdef class Dispatcher:
     cdef int run_calls(self) except -1
     cdef int put_aside(self) except -1
     cdef int pump(self, pf_request *loan) except -1
-    cdef bint leads(self)
+    cdef bint leads(self) noexcept
     cdef int enter(self, Request request) except -1
     cdef bint leave(self, Request request) except -1
     cdef bint hand_on(self, Request request) except -1

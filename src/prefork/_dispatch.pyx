@@ -276,7 +276,10 @@ cdef class Dispatcher:
 
     cdef int begin(self, pf_event *event) except -1:
         """A request is on loan."""
-        cdef Request request = self.make()
+        cdef Request request = self.spare
+        if request is None:
+            request = self.make()
+        self.spare = None
         request.lend(self.loop, event.request)
         if event.flags & PF_EVENT_CLOSED:
             request.drop()
@@ -286,6 +289,8 @@ cdef class Dispatcher:
             self.serve(request)
         else:
             self.desk.begin(request)
+        if references(<PyObject *>request) == 1 and request.is_blank():
+            self.spare = request  # nobody has kept it: as good as a new one
         return 0
 
     cdef int tell(self, Request request, unsigned flags, int code) except -1:
@@ -339,7 +344,7 @@ cdef class Dispatcher:
         """The same for the thread that is free next: a function, and its arguments."""
         raise NotImplementedError
 
-    cpdef bint in_child(self):
+    cpdef bint in_child(self) noexcept:
         """Whether this is a process that a handler has forked."""
         return pid != self.pid
 
@@ -422,7 +427,7 @@ cdef class Dispatcher:
 
     # ---- A crew ----
 
-    cdef bint leads(self):
+    cdef bint leads(self) noexcept:
         """Whether this thread may touch the loop."""
         return self.crew is None or self.leader == PyThread_get_thread_ident()
 

@@ -14,11 +14,12 @@ import threading
 from urllib.parse import unquote_to_bytes
 
 cimport cython
-from cpython.bytes cimport PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_Copy, PyDict_GetItem, PyDict_SetItem
+from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport int64_t, uint16_t, uint64_t
-from libc.string cimport memchr
+from libc.string cimport memchr, memcmp
 
 from prefork import _core as core
 from prefork.errors import ClientDisconnected, ProtocolError, RequestError
@@ -26,12 +27,14 @@ from prefork.errors import ClientDisconnected, ProtocolError, RequestError
 from prefork cimport _dispatch, _native
 from prefork._blocks cimport Blocks
 from prefork._tls cimport set_environ
+from prefork._watch cimport changes, watch, watches
 from prefork._core cimport (
     PF_ERR_APP_BODY_LONG,
     PF_ERR_APP_BODY_SHORT,
     PF_FIELD_COOKIE,
     PF_FIELD_OTHER,
     PF_HEAD_CHUNKED,
+    PF_HEAD_FORWARDED,
     PF_HEAD_IS_GET,
     Request,
     check_fields,
@@ -41,7 +44,7 @@ from prefork._core cimport (
     pf_head,
     pf_peer,
 )
-from prefork._dispatch cimport same_host
+from prefork._dispatch cimport references, same_host
 
 
 cdef extern from "Python.h":
@@ -54,6 +57,7 @@ cdef enum:
     PULL_MS = 1         # so long an iterable is pulled before others have their turn
     NAME_MAX = 256      # of a field name that becomes a key without a detour
     PORTS = 1024        # that are remembered as text
+    COPIES = 64         # environs after one that was kept or changed: another may be
     AF_UNIX = 1
 
 cdef str HTTP_1_0 = sys.intern("HTTP/1.0")
@@ -138,12 +142,47 @@ cdef object other_key(const char *name, Py_ssize_t size):
     return PyUnicode_FromStringAndSize(key, size + 5)
 
 
+# ---- What is lent to apps ----
+
+cdef class Sheet:
+    """What one request needs, filled in anew for the next one.
+
+    To copy an environ and to free it costs a third of a small request. Most apps read
+    it, call start_response, and keep neither: if both are as they were, and nobody else
+    has a reference to them, no app can tell that another one had them before.
+    """
+
+    cdef dict environ
+    cdef Answer answer  # start_response, in environ as wsgi.early_hints
+    cdef bytes target   # what environ tells: the request target,
+    cdef pf_peer remote  # and both ends
+    cdef pf_peer local
+
+    cdef bint is_back(self) except -1:
+        """Whether nobody has kept it."""
+        return (references(<PyObject *>self.environ) == 1
+                and references(<PyObject *>self.answer) == 2 and self.answer.renew())
+
+
+cdef class Known:
+    """What is made of a block of header fields that has come again."""
+
+    cdef dict fields  # the template with them
+    cdef Sheet sheet  # None: none yet, or it is lent
+    cdef int copies   # so many environs are copied before one is lent again
+
+
+cdef inline bint same_end(const pf_peer *a, const pf_peer *b) noexcept:
+    return a.port == b.port and same_host(a, b)
+
+
 cdef class Dispatcher(_dispatch.Dispatcher):
     """Calls WSGI apps.
 
     Clients repeat their header fields, whatever they ask for: environs begin as a copy
-    of one that was made for the same bytes. Not those of an absolute-form target, whose
-    authority stands for the Host that was sent (RFC 9112 3.2.2).
+    of one that was made for the same bytes, or are lent again (Sheet). Not those of an
+    absolute-form target, whose authority stands for the Host that was sent (RFC 9112
+    3.2.2).
     """
 
     cdef dict template
@@ -298,23 +337,31 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         key = key_of(name.lower())
         return None if key in FORWARDED else key  # trust looks at real names only
 
+    cdef Known known(self, Request request):
+        """What was made of its header fields before, or None."""
+        return <Known>self.blocks.find(request.head, request.bytes())
+
     cdef dict with_fields(self, const pf_head *head, const char *data):
-        """A copy of the template with the header fields of this head."""
-        cdef dict environ
-        found = self.blocks.find(head, data)
-        if found is not None:
-            return PyDict_Copy(<dict>found)
-        environ = PyDict_Copy(self.template)
+        """A copy of the template with the header fields of this head; after known() has
+        found nothing."""
+        cdef Known known
+        cdef dict environ = PyDict_Copy(self.template)
         self.set_fields(environ, head, data)
         if self.blocks.again is not NULL:
-            self.blocks.keep(head, data, PyDict_Copy(environ))
+            known = Known.__new__(Known)
+            known.fields = PyDict_Copy(environ)
+            self.blocks.keep(head, data, known)
         return environ
 
-    cdef dict environ(self, Request request, Answer answer):
+    cdef dict environ(self, Known known, Request request, Answer answer):
         """PEP 3333's environ of a request on loan."""
         cdef const pf_head *head = request.head
         cdef const char *data = request.bytes()
-        cdef dict environ = self.with_fields(head, data)
+        cdef dict environ
+        if known is None:
+            environ = self.with_fields(head, data)
+        else:
+            environ = PyDict_Copy(known.fields)
         if not head.flags & PF_HEAD_IS_GET:
             PyDict_SetItem(environ, METHOD, latin_text(data + head.method.at,
                                                        head.method.len))
@@ -345,29 +392,116 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             environ.pop("HTTP_TRANSFER_ENCODING", None)
         return 0
 
+    cdef bint is_plain(self, Request request) noexcept:
+        """Whether the target and the ends are all that its environ has of its own."""
+        cdef const pf_head *head = request.head
+        return (head.flags & (PF_HEAD_IS_GET | PF_HEAD_CHUNKED | PF_HEAD_FORWARDED)
+                == PF_HEAD_IS_GET and head.minor > 0 and head.content_length <= 0
+                and not request.loop.secured)
+
+    cdef Sheet new_sheet(self, Known known):
+        cdef Sheet sheet = Sheet.__new__(Sheet)
+        sheet.environ = PyDict_Copy(known.fields)
+        sheet.answer = Answer.__new__(Answer)
+        sheet.answer.dispatcher = self
+        sheet.environ[EARLY_HINTS] = sheet.answer
+        watch(sheet.environ)
+        return sheet
+
+    cdef int fill_in(self, Sheet sheet, Request request) except -1:
+        """Have it tell of this request, of which is_plain() is true."""
+        cdef dict environ = sheet.environ
+        cdef const pf_head *head = request.head
+        cdef const char *target = request.bytes() + head.target.at
+        cdef pf_peer remote, local
+        cdef bint first = sheet.target is None
+        if (first or PyBytes_GET_SIZE(sheet.target) != head.target.len
+                or memcmp(PyBytes_AS_STRING(sheet.target), target, head.target.len)):
+            sheet.target = target[:head.target.len]
+            environ[RAW_URI] = environ[REQUEST_URI] = environ[PATH_INFO] = SLASH
+            environ[QUERY_STRING] = EMPTY
+            self.set_path(environ, head, request.bytes())
+        request.ends(&remote, &local)
+        if first or not same_end(&remote, &sheet.remote):
+            self.set_client(sheet, &remote)
+        if first or not same_end(&local, &sheet.local):
+            self.set_server(sheet, &local)
+        return 0
+
+    cdef int set_client(self, Sheet sheet, const pf_peer *remote) except -1:
+        if remote.family > AF_UNIX:
+            PyDict_SetItem(sheet.environ, REMOTE_PORT, self.port_text(remote.port))
+            if not same_host(remote, &sheet.remote):
+                sheet.environ[REMOTE_ADDR] = self.host_text(remote)
+        else:
+            sheet.environ[REMOTE_ADDR] = sheet.environ[REMOTE_PORT] = EMPTY
+        sheet.remote = remote[0]
+        return 0
+
+    cdef int set_server(self, Sheet sheet, const pf_peer *local) except -1:
+        if local.family > AF_UNIX:
+            sheet.environ[SERVER_NAME] = self.host_text(local)
+            sheet.environ[SERVER_PORT] = self.port_text(local.port)
+        else:
+            self.name_server(sheet.environ)
+        sheet.local = local[0]
+        return 0
+
     # ---- The call ----
 
     cdef Answer answer_to(self, Request request):
         cdef Answer answer = Answer.__new__(Answer)
-        answer.request = request
         answer.dispatcher = self
-        if self.crew is not None:
-            request.exchange = answer
+        self.address(answer, request)
         return answer
 
+    cdef int address(self, Answer answer, Request request) except -1:
+        """It will be the answer to this request."""
+        answer.request = request
+        if self.crew is not None:
+            request.exchange = answer
+        return 0
+
     cdef int perform(self, Request request) except -1:
-        cdef Answer answer = self.answer_to(request)
+        cdef Answer answer
+        cdef Known known = self.known(request)
+        if known is not None and watches and self.is_plain(request):
+            if known.copies == 0:
+                return self.perform_on_sheet(known, request)
+            known.copies -= 1
+        answer = self.answer_to(request)
         try:
-            environ = self.environ(request, answer)
+            environ = self.environ(known, request, answer)
         except BaseException as error:
             answer.end_now(None, error)
             return 0
         return self.call(answer, environ)
 
+    cdef int perform_on_sheet(self, Known known, Request request) except -1:
+        cdef unsigned long before
+        cdef Sheet sheet = known.sheet
+        known.sheet = None
+        if sheet is None:
+            sheet = self.new_sheet(known)
+        self.address(sheet.answer, request)
+        try:
+            self.fill_in(sheet, request)
+        except BaseException as error:
+            sheet.answer.end_now(None, error)
+            return 0
+        before = changes
+        self.call(sheet.answer, sheet.environ)
+        if changes == before and sheet.is_back():
+            known.sheet = sheet
+        else:
+            known.copies = COPIES
+        return 0
+
     cdef tuple job(self, Request request):
         cdef Answer answer = self.answer_to(request)
         try:
-            return self.call_later, answer, self.environ(request, answer)
+            return (self.call_later, answer,
+                    self.environ(self.known(request), request, answer))
         except BaseException as error:
             return self.post, answer.end_now, None, error
 
@@ -449,6 +583,17 @@ cdef class Answer:
     cdef bint waits       # the app's thread waits for an event
     cdef object gate      # a lock, at which it does so in a crew
     cdef Input input      # whose body is in a file, or still to come
+
+    cdef bint renew(self) except -1:
+        """Be as if new, if that takes no more than to forget a request."""
+        if (self.request.loan is not NULL or self.error is not None
+                or self.parts is not None or self.closing is not None
+                or self.gate is not None or self.input is not None or self.waits):
+            return False
+        self.request = self.fields = self.reason = None
+        self.committed = self.begun = self.head = False
+        self.written = self.pending = self.posted = 0
+        return True
 
     # -- what apps call --
 

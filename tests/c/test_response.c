@@ -279,6 +279,59 @@ a_field_is_checked_alone_as_in_an_answer(void)
     }
 }
 
+/* Whatever the answer: what was prepared does what the field would have done. */
+static void
+a_prepared_field_is_put_as_the_field_is(void)
+{
+    static const char *const fields[][2] = {
+        {"X-Mine", "v"},       {"Date", "d"},           {"Server", "s"},
+        {"Content-Type", "t"}, {"Connection", "close"}, {"Content-Length", "5"},
+        {"X-Empty", ""},       {"content-length", "7"}, {"Sec-WebSocket-Accept", "a"},
+    };
+    static const pf__answer answers[] = {
+        {.minor = 1, .status = 200, .length = -1},
+        {.minor = 1, .status = 200, .length = 5},
+        {.minor = 1, .status = 200, .length = 5, .flags = PF__ANSWER_LENGTH},
+        {.minor = 1, .status = 304, .length = -1},
+        {.minor = 0, .status = 200, .length = 0, .head = true},
+        {.minor = 1, .status = 101, .length = 0},
+        {.minor = 1, .status = 200, .length = -1, .flags = PF__ANSWER_SEALED},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        char text[64];
+        size_t name_len = strlen(fields[i][0]), value_len = strlen(fields[i][1]);
+        snprintf(text, sizeof text, "%s: %s\r\n", fields[i][0], fields[i][1]);
+        pf_line line;
+        assert(pf_response_prepare(&line, text, name_len, value_len) == 0);
+        for (size_t k = 0; k < sizeof answers / sizeof *answers; k++) {
+            pf__answer one = answers[k], other = answers[k];
+            one.flags |= PF__ANSWER_BEGUN;
+            other.flags |= PF__ANSWER_BEGUN;
+            int rc = field(&one, fields[i][0], fields[i][1]);
+            char written[64];
+            size_t len = out.len;
+            memcpy(written, out.data, len);
+            empty();
+            assert(pf__response_line(&pool, &out, &other, &line) == rc);
+            assert(out.len == len && memcmp(out.data, written, len) == 0);
+            assert(one.flags == other.flags && one.length == other.length);
+            empty();
+        }
+    }
+}
+
+static void
+what_depends_on_its_answer_is_not_prepared(void)
+{
+    pf_line line;
+    assert(pf_response_prepare(&line, "Trailer: x\r\n", 7, 1) == PF_ERR_APP_HOP_BY_HOP);
+    assert(pf_response_prepare(&line, "Upgrade: x\r\n", 7, 1) == PF_ERR_APP_HOP_BY_HOP);
+    assert(pf_response_prepare(&line, "X: a\nb\r\n", 1, 3) == PF_ERR_APP_FIELD_VALUE);
+    assert(pf_response_prepare(&line, ": v\r\n", 0, 1) == PF_ERR_APP_FIELD_NAME);
+    assert(pf_response_prepare(&line, "Content-Length: x\r\n", 14, 1)
+           == PF_ERR_APP_LENGTH);
+}
+
 static void
 contradictory_lengths_are_refused(void)
 {
@@ -664,6 +717,8 @@ main(void)
     every_byte_of_a_field_is_checked();
     hop_by_hop_fields_are_the_servers();
     a_field_is_checked_alone_as_in_an_answer();
+    a_prepared_field_is_put_as_the_field_is();
+    what_depends_on_its_answer_is_not_prepared();
     contradictory_lengths_are_refused();
     calls_out_of_order_are_refused();
     a_status_that_is_none_is_refused();
