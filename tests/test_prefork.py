@@ -20,7 +20,7 @@ import pytest
 from programs import SOON, ask, connect, ending, kill, read_all
 from runs import HALF, REST, finish, ready, stop, who
 
-from prefork import Prefork, _core, is_child
+from prefork import Prefork, _listeners, is_child
 from prefork.errors import (
     ConfigError,
     NoReuseportError,
@@ -278,7 +278,7 @@ def test_a_kernel_without_reuseport_is_told_by_its_errno(monkeypatch):
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
 
-    monkeypatch.setattr(_core, "listen", refuse)
+    monkeypatch.setattr(_listeners, "listen", refuse)
     with pytest.raises(NoReuseportError, match="use reuseport=False") as caught:
         Prefork(serve_func=print, reuseport=True).listen_and_serve("127.0.0.1:0")
     assert caught.value.errno == errno.ENOPROTOOPT

@@ -726,7 +726,7 @@ def test_as_process_1_it_reaps_strangers(start):
 def test_as_a_subreaper_it_reaps_strangers(start):
     code = textwrap.dedent(STRANGERS)
     program = start(
-        "from prefork import _core\n_core.set_reaper(True)\n"
+        "from prefork import _processes\n_processes.set_reaper(True)\n"
         + code
         + "run(server=Careless(), on_master_ready=on_master_ready)"
     )

@@ -428,16 +428,13 @@ cdef extern from "prefork.h" nogil:
 
 
 cdef int check(int rc) except -1
+cdef int milliseconds(object timeout) except -2
 cdef bytes latin(object text)
 cdef int check_line(int status, bytes reason) except -1
 cdef int check_fields(list fields) except -1
 cdef int remember(object pair) except -1
 cdef bytes packed(const pf_peer *peer)
 cdef str host_of(const pf_peer *peer)
-
-cdef class Processes:
-    cdef pf_processes *handle
-    cdef pf_processes *opened(self) except NULL
 
 cdef class Scoreboard:
     cdef pf_scoreboard *handle

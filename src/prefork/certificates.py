@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefork import _core, _tls, log
+from prefork import _files, _tls, log
 from prefork.config import FILE, Config, wrong
 from prefork.errors import CertificateError, ConfigError
 
@@ -318,9 +318,9 @@ class Watch:
         self.events.close()
 
 
-def _open_events() -> _core.FileWatch:
+def _open_events() -> _files.FileWatch:
     try:
-        return _core.FileWatch()
+        return _files.FileWatch()
     except OSError as error:
         raise _unwatched(error) from None
 

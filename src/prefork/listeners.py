@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from prefork import _core
+from prefork import _listeners
 from prefork.config import Config
 from prefork.errors import ConfigError, NoReuseportError
 
@@ -92,7 +92,7 @@ def resolve(address: Address, network: str) -> list[Place]:
     if address.path:
         return [Place(socket.AF_UNIX, address.path)]
     dual = network == "tcp" and address.host in ("", "::")
-    only = 0 if dual else _core.SOCKET_V6ONLY
+    only = 0 if dual else _listeners.SOCKET_V6ONLY
     if not address.host:
         host = ANY[network]
         wide = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -160,7 +160,7 @@ class Way:
 
 def _open(place: Place, way: Way) -> socket.socket:
     flags = way.flags | place.flags
-    fd = _core.listen(
+    fd = _listeners.listen(
         place.family, place.host, place.port, way.backlog, way.mode, flags
     )
     return socket.socket(fileno=fd)
@@ -179,7 +179,7 @@ def _open_first(places: Sequence[Place], text: str, way: Way) -> socket.socket:
 def _adopt(address: Address) -> socket.socket:
     """A copy of an inherited descriptor, which itself stays as it is."""
     try:
-        _core.check_listener(address.fd)
+        _listeners.check_listener(address.fd)
         return socket.socket(fileno=os.dup(address.fd))
     except OSError as error:
         code = error.errno or 0
@@ -242,7 +242,7 @@ class Listener:
             return
         self.closing.append(sock)
         self._spread()
-        _core.quiesce(sock.fileno())
+        _listeners.quiesce(sock.fileno())
 
     def close_slot(self, sock: socket.socket) -> None:
         """Close the socket of a slot that is given up, whoever else may hold it."""
@@ -261,7 +261,7 @@ class Listener:
     def _spread(self) -> None:
         places = [self.sockets.index(sock) for sock in self.closing]
         if self.sockets and len(places) < len(self.sockets):
-            _core.spread(self.sockets[0].fileno(), len(self.sockets), places)
+            _listeners.spread(self.sockets[0].fileno(), len(self.sockets), places)
 
     def quiesce(self) -> None:
         """Take no new connection; what has arrived can still be accepted.
@@ -270,7 +270,7 @@ class Listener:
         """
         self.remove()
         for sock in self.sockets if not self.borrowed else ():
-            _core.quiesce(sock.fileno())
+            _listeners.quiesce(sock.fileno())
 
     def remove(self) -> None:
         """Unlink a unix socket's file, if it still is ours."""
@@ -335,8 +335,8 @@ def _mode(config: Config) -> int:
 def _flags(config: Config, address: Address) -> int:
     if address.path:
         return 0
-    flags = _core.SOCKET_REUSEPORT if config.reuseport else 0
-    return flags | (_core.SOCKET_DEFER_ACCEPT if config.defer_accept else 0)
+    flags = _listeners.SOCKET_REUSEPORT if config.reuseport else 0
+    return flags | (_listeners.SOCKET_DEFER_ACCEPT if config.defer_accept else 0)
 
 
 def reserve(text: str, config: Config) -> Listener:
@@ -365,7 +365,7 @@ def _bind(place: Place) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if place.family == socket.AF_INET6:
-            only = int(place.flags & _core.SOCKET_V6ONLY != 0)
+            only = int(place.flags & _listeners.SOCKET_V6ONLY != 0)
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
         sock.bind((place.host, place.port))
     except BaseException:

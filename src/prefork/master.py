@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from prefork import _core, listeners, log, spawn, worker
+from prefork import _core, _processes, listeners, log, spawn, worker
 from prefork.certificates import Certificates, Data, Files, Watch
 from prefork.config import OPTIONS, PREFORK, Config, names, usable_cpus
 from prefork.errors import (
@@ -500,12 +500,12 @@ class Master:
             numbers.append(signal.SIGCHLD)
         stack.enter_context(_collected_signals(numbers, self.wake_end))
         self.let_through = spawn.signals_to_let_through(numbers)
-        self.processes = _core.Processes(numbers)
+        self.processes = _processes.Processes(numbers)
         stack.callback(self.processes.close)
         self.processes.watch(self.wake)
         self._open_tls(stack)
         self.source = self.first_source = self._first_source()
-        self.was_reaper = _core.is_reaper()
+        self.was_reaper = _processes.is_reaper()
         stack.callback(self._close_sources)
         if isinstance(self.source, Forks):
             stack.enter_context(_frozen_heap())
@@ -826,7 +826,7 @@ class Master:
 
     def _expect_strangers(self, number: int) -> None:
         """SIGCHLD: children that nobody here has started, we reap in a while."""
-        if _core.is_reaper() and self.reap_at is None:
+        if _processes.is_reaper() and self.reap_at is None:
             self.reap_at = time.monotonic() + STRANGERS_WAIT
 
     def _on_readable(self, fd: int, _: int) -> None:
@@ -877,7 +877,7 @@ class Master:
             self._close_report(life)
         if life.ready_at is None and life.accepts:
             life.ready_at = time.monotonic()
-        known = status != _core.STATUS_UNKNOWN
+        known = status != _processes.STATUS_UNKNOWN
         code = os.waitstatus_to_exitcode(status) if known else None
         if isinstance(life.source, Producer):
             life.source.reaped(pid, code)
@@ -1143,7 +1143,7 @@ class Master:
         if not isinstance(self.first_source, Forks):
             return None
         spawn.check_program()
-        _core.set_reaper(True)
+        _processes.set_reaper(True)
         template = Template()
         life = Life(None, template, self.generation)
         with self._reporting(life) as end:
@@ -1277,7 +1277,7 @@ class Master:
         if self.reap_at is not None:
             self.processes.reap_strangers()
         if not self.was_reaper:
-            _core.set_reaper(False)
+            _processes.set_reaper(False)
 
 
 SIGNALS: dict[int, Callable[[Master, int], None]] = {
@@ -1290,9 +1290,9 @@ SIGNALS: dict[int, Callable[[Master, int], None]] = {
 }
 
 EVENTS: dict[int, Callable[[Master, int, int], None]] = {
-    _core.EXITED: Master._on_exit,
-    _core.SIGNALLED: Master._on_signal,
-    _core.READABLE: Master._on_readable,
+    _processes.EXITED: Master._on_exit,
+    _processes.SIGNALLED: Master._on_signal,
+    _processes.READABLE: Master._on_readable,
 }
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from prefork import _core, log, worker
+from prefork import _core, _processes, log, worker
 from prefork.errors import (
     CommandProducerNoneError,
     CommandProducerNotStartedError,
@@ -137,7 +137,7 @@ def run_again(child: worker.Inheritance, fds: Sequence[int]) -> int:
     log.flush()
     argv = [sys.executable, *sys.orig_argv[1:]]
     environ = {**os.environ, **child.environment()}
-    return _core.start_program(sys.executable, argv, environ, fds, STARTED_IN)
+    return _processes.start_program(sys.executable, argv, environ, fds, STARTED_IN)
 
 
 class Programs:
@@ -149,7 +149,7 @@ class Programs:
         self.child = child  # with what is the same for all
 
     def start(self, seat: Seat) -> int:
-        listeners = range(_core.FIRST_FD, _core.FIRST_FD + len(seat.sockets))
+        listeners = range(_processes.FIRST_FD, _processes.FIRST_FD + len(seat.sockets))
         child = replace(
             self.child,
             slot=seat.slot,
@@ -189,7 +189,7 @@ class Template:
         lifeline: int,
         board: _core.Scoreboard,
     ) -> int:
-        first = _core.FIRST_FD
+        first = _processes.FIRST_FD
         child = replace(
             child,
             role="template",
@@ -276,10 +276,10 @@ class Producer:
 
     def _file(self, sock: socket.socket) -> socket.socket:
         fd = sock.fileno()
-        if fd == _core.FIRST_FD:
+        if fd == _processes.FIRST_FD:
             return sock
         if fd not in self.files:
-            copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _core.FIRST_FD)
+            copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _processes.FIRST_FD)
             self.files[fd] = socket.socket(fileno=copy)
         return self.files[fd]
 

@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
-from prefork import _core, log
+from prefork import _core, _listeners, _processes, log
 from prefork.certificates import Certificates
 from prefork.errors import (
     AppLoadError,
@@ -223,7 +223,7 @@ def _watch_master(task: Task) -> None:
     on_death = task.work.on_master_death
     if on_death is None:
         try:
-            _core.set_parent_death_signal(signal.SIGTERM, task.master)
+            _processes.set_parent_death_signal(signal.SIGTERM, task.master)
             return
         except ProcessLookupError:  # it is gone, or somebody stands between us
             on_death = _leave_by_signal
@@ -291,7 +291,7 @@ class Inheritance:
     run: str = ""  # which listen_and_serve() of the program it is for; "": the first
     master: int = 0
     slot: int = 0
-    listeners: Sequence[int] = (_core.FIRST_FD,)
+    listeners: Sequence[int] = (_processes.FIRST_FD,)
     report: int = -1
     lifeline: int = -1
     control: int = -1  # of a template
@@ -353,7 +353,7 @@ def _is_real(found: Inheritance, told: bool) -> bool:
         return found.role == "template" or found.master == os.getppid()
     try:
         for fd in found.listeners:
-            _core.check_listener(fd)
+            _listeners.check_listener(fd)
         for fd in found.fds():
             os.fstat(fd)
     except OSError:
@@ -430,7 +430,7 @@ def inherited_sockets(found: Inheritance) -> list[socket.socket]:
     sockets = []
     for fd in found.listeners:
         try:
-            _core.check_listener(fd)
+            _listeners.check_listener(fd)
         except OSError as error:
             raise InheritanceError(
                 f"{MARKER}=1 is set, but no listener was inherited at fd {fd} "

@@ -1,0 +1,13 @@
+from collections.abc import Iterable
+
+SOCKET_REUSEPORT: int
+SOCKET_V6ONLY: int
+SOCKET_DEFER_ACCEPT: int
+SOCKET_FAST_OPEN: int
+
+def listen(
+    family: int, host: str, port: int, backlog: int, mode: int, flags: int
+) -> int: ...
+def check_listener(fd: int) -> None: ...
+def quiesce(fd: int) -> None: ...
+def spread(fd: int, members: int, avoided: Iterable[int]) -> None: ...
