@@ -29,8 +29,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <getopt.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -38,10 +36,11 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "program.h"
 
 enum {
     BATCH = 64,
@@ -87,13 +86,6 @@ static char *answers;
 static size_t answer_size, answers_size;
 static char
     input[3 + READ_SIZE]; /* three bytes in front for what the last read began */
-
-static void
-die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
 
 /* ---- The answer -------------------------------------------------------------------*/
 
@@ -325,9 +317,7 @@ static void
 open_listener(void)
 {
     int on = 1;
-    struct sockaddr_in address = {.sin_family = AF_INET,
-                                  .sin_port = htons(options.port),
-                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in address = loopback(options.port);
     socklen_t size = sizeof address;
     listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (listener < 0)
@@ -348,11 +338,8 @@ open_listener(void)
 static void
 open_poller(void)
 {
-    struct rlimit limit;
-    getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-    size_t size = (limit.rlim_cur < 1 << 20 ? limit.rlim_cur : 1 << 20) * sizeof *conns;
+    rlim_t limit = raise_limit();
+    size_t size = (limit < 1 << 20 ? limit : 1 << 20) * sizeof *conns;
     conns = mmap(NULL, size, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (conns == MAP_FAILED)

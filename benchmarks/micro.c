@@ -9,6 +9,7 @@
 #include <time.h>
 
 #include "internal.h"
+#include "program.h"
 
 enum { RUNS = 41, LOOPS = 20000 };
 
@@ -147,13 +148,10 @@ enum { WORKS = sizeof works / sizeof *works };
 static double
 nanoseconds(const work *it)
 {
-    struct timespec begin, end;
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    uint64_t begin = now_ns();
     for (int i = 0; i < LOOPS; i++)
         it->once(it);
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    double ns = (double)(end.tv_sec - begin.tv_sec) * 1e9;
-    return (ns + (double)(end.tv_nsec - begin.tv_nsec)) / LOOPS;
+    return (double)(now_ns() - begin) / LOOPS;
 }
 
 int

@@ -9,8 +9,6 @@
  */
 #define _GNU_SOURCE
 #include <getopt.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <openssl/ssl.h>
 #include <pthread.h>
 #include <stdbool.h>
@@ -18,10 +16,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/time.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "program.h"
 
 enum { ANSWER_SIZE = 16384 };
 
@@ -47,21 +44,6 @@ typedef struct client {
 static SSL_CTX *context;
 static uint64_t end_ns;
 
-static void
-die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-static uint64_t
-now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 /* ---- One connection ---------------------------------------------------------------*/
 
 /* OpenSSL calls this for each ticket; 1: the session is ours now. */
@@ -72,25 +54,6 @@ keep_session(SSL *ssl, SSL_SESSION *session)
     SSL_SESSION_free(c->session);
     c->session = session;
     return 1;
-}
-
-static int
-connect_to_server(void)
-{
-    int on = 1;
-    struct timeval patience = {.tv_sec = 5};
-    struct sockaddr_in address = {.sin_family = AF_INET,
-                                  .sin_port = htons(options.port),
-                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        die("socket");
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    if (!connect(fd, (struct sockaddr *)&address, sizeof address))
-        return fd;
-    close(fd);
-    return -1;
 }
 
 /* Whether the answer came, and was a good one. */
@@ -131,7 +94,7 @@ run(void *arg)
 {
     client *c = arg;
     while (now_ns() < end_ns) {
-        int fd = connect_to_server();
+        int fd = connect_to_server(options.port);
         SSL *ssl = SSL_new(context);
         if (!ssl)
             die("SSL_new");

@@ -14,19 +14,16 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <getopt.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/time.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "program.h"
 
 enum {
     BATCH = 64,
@@ -72,21 +69,6 @@ static int poller;
 static conn *conns;
 static uint64_t echoes, errors;
 static uint32_t took[LONGEST_US + 1]; /* echoes by microseconds */
-
-static void
-die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-static uint64_t
-now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* ---- Frames -----------------------------------------------------------------------*/
 
@@ -180,17 +162,8 @@ read_accept(int fd)
 static void
 open_connection(conn *c)
 {
-    int on = 1;
-    struct timeval patience = {.tv_sec = 5};
-    struct sockaddr_in address = {.sin_family = AF_INET,
-                                  .sin_port = htons(options.port),
-                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    c->fd = connect_to_server(options.port);
     if (c->fd < 0)
-        die("socket");
-    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    if (connect(c->fd, (struct sockaddr *)&address, sizeof address))
         die("connect");
     if (send(c->fd, HANDSHAKE, sizeof HANDSHAKE - 1, MSG_NOSIGNAL) < 0)
         die("send");
@@ -297,10 +270,7 @@ main(int argc, char **argv)
     if (argc - optind != 1 || options.connections < 1)
         return usage();
     options.port = (uint16_t)strtoul(argv[optind], NULL, 10);
-    struct rlimit limit;
-    getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
+    raise_limit();
     poller = epoll_create1(EPOLL_CLOEXEC);
     conns = calloc(options.connections, sizeof *conns);
     if (poller < 0 || !conns)
