@@ -36,7 +36,7 @@ class Crowd:
     """Clients at one address; start() them, stop() them, read what they met."""
 
     host: str
-    port: int
+    port: int = 0  # to be known before start()
     new: int = 8  # clients that connect for each request
     kept: int = 8  # clients that keep their connection
     paths: tuple[str, ...] = ("/",)

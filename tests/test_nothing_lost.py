@@ -5,125 +5,114 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from authority import Authority
 from crowd import Crowd, Stream
-from programs import SOON, Program
+from crowded import RATE, SECONDS, SOCKETS, TLS_RATE, in_thread, under_load, went_on
+from programs import Program
 
-MODES = pytest.mark.parametrize("reuseport", [False, True], ids=["shared", "slots"])
 
-PROGRAM = """
-import sys, time
-from prefork import Prefork, Server
+class Side(NamedTuple):
+    """In clear, or over TLS."""
 
-def app(request):
-    if request.path == "/slow":
-        time.sleep(0.05)
-    return b"Hello, World!"
+    options: dict[str, Any]  # of the Server
+    tls: ssl.SSLContext | None  # of the clients
+    rate: float
 
-def ready(pids):
-    print("ready", prefork.address[1], *pids, flush=True)
 
-prefork = Prefork(
-    Server(app), workers=2, reuseport=sys.argv[1] == "True", recover_threshold=1000,
-    on_master_ready=ready,
-    on_child_recover=lambda old, new: print("new", new, flush=True),
-)
-prefork.listen_and_serve("127.0.0.1:0")
-print("returned", flush=True)
-"""
+@pytest.fixture(params=["clear", "tls"])
+def side(request: pytest.FixtureRequest, tmp_path: Path) -> Side:
+    if request.param == "clear":
+        return Side({}, None, RATE)
+    authority = Authority(tmp_path)
+    return Side(authority.issue().options, authority.trusting(), TLS_RATE)
 
 
 def open_fds(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-async def in_thread(function, *arguments):
-    return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+class Killer:
+    """Kills workers, and writes down when."""
+
+    def __init__(self) -> None:
+        self.kills: list[float] = []
+
+    async def kill(self, program: Program, pids: list[int]) -> None:
+        """One of the workers; awaits who takes its place."""
+        victim = pids.pop(0)
+        self.kills.append(time.monotonic())
+        os.kill(victim, signal.SIGKILL)
+        pids.append(int((await in_thread(program.until, "new"))[0]))
+
+    def took_only_its_own(self, crowd: Crowd, within: float) -> None:
+        """What the crowd met it met at once, on connections that the dead had."""
+        assert crowd.count("refused", "late", "wrong") == 0, crowd.troubles
+        for trouble in crowd.troubles:
+            kill = max(kill for kill in self.kills if kill <= trouble.when)
+            assert trouble.when - kill < within, (trouble, self.kills)
+        assert crowd.slowest < 1.0
 
 
-@MODES
-def test_a_killed_worker_takes_only_its_own_connections_with_it(reuseport):
-    kills: list[float] = []
+@SOCKETS
+def test_a_killed_worker_takes_only_its_own_connections_with_it(sockets):
+    killer = Killer()
 
-    async def kill_a_worker_every_second(program: Program, crowd: Crowd, pids) -> None:
-        await crowd.start()
+    async def kill_a_worker_every_second(program: Program, pids: list[int]) -> None:
+        fds = open_fds(program.pid)
         for _ in range(5):
             await asyncio.sleep(1.0)
-            victim = pids.pop(0)
-            kills.append(time.monotonic())
-            os.kill(victim, signal.SIGKILL)
-            pids.append(int((await in_thread(program.until, "new"))[0]))
+            await killer.kill(program, pids)
         await asyncio.sleep(0.5)
-        await crowd.stop()
-
-    with Program(["-c", PROGRAM, str(reuseport)]) as program:
-        port, *workers = map(int, program.until("ready"))
-        fds = open_fds(program.pid)
-        crowd = Crowd("127.0.0.1", port)
-        asyncio.run(kill_a_worker_every_second(program, crowd, workers))
-
         master = psutil.Process(program.pid)
-        assert {child.pid for child in master.children()} == set(workers)
+        assert {child.pid for child in master.children()} == set(pids)
         assert open_fds(program.pid) == fds
-        program.signal(signal.SIGTERM)
-        assert program.wait() == 0
 
+    crowd = under_load(Crowd("127.0.0.1"), kill_a_worker_every_second, sockets)
     assert crowd.answers > 200
-    assert crowd.count("refused", "late", "wrong") == 0, crowd.troubles
-    for trouble in crowd.troubles:
-        since = min(trouble.when - kill for kill in kills if kill <= trouble.when)
-        assert since < 0.9, (trouble, kills)
-    assert len(crowd.troubles) <= len(kills) * (crowd.new + crowd.kept)
-    assert crowd.slowest < 1.0
+    killer.took_only_its_own(crowd, 0.9)
+    assert len(crowd.troubles) <= len(killer.kills) * (crowd.new + crowd.kept)
 
 
-def stop_under_load(reuseport: bool, stop) -> tuple[Crowd, float]:
-    """Run a crowd, stop the master amid; what the crowd met, and the stop's time."""
+def stop_under_load(stop: Callable[[Program], None], sockets: str, side: Side) -> None:
+    """Stop the master while a crowd asks: it may be refused, but nothing else."""
     took = 0.0
 
-    async def scenario(program: Program, crowd: Crowd) -> None:
+    async def scenario(program: Program, pids: list[int]) -> None:
         nonlocal took
-        await crowd.start()
         await asyncio.sleep(1.0)
         started = time.monotonic()
         stop(program)
         await in_thread(program.until, "returned")
         took = time.monotonic() - started
-        await crowd.stop()
 
-    with Program(["-c", PROGRAM, str(reuseport)]) as program:
-        port = int(program.until("ready")[0])
-        crowd = Crowd("127.0.0.1", port, paths=("/", "/", "/", "/slow"))
-        asyncio.run(asyncio.wait_for(scenario(program, crowd), SOON))
-        assert program.wait() == 0
-    return crowd, took
+    crowd = Crowd("127.0.0.1", paths=("/", "/", "/", "/slow"), tls=side.tls)
+    under_load(crowd, scenario, sockets, **side.options)
+    assert crowd.answers > 50
+    assert [t for t in crowd.troubles if t.kind != "refused"] == []
+    assert took < 5.0
 
 
 @pytest.mark.contract("better: drain")
-@MODES
-def test_a_stop_under_load_answers_all_it_has_accepted(reuseport):
-    crowd, took = stop_under_load(reuseport, lambda p: p.signal(signal.SIGTERM))
-    assert crowd.answers > 50
-    assert [t for t in crowd.troubles if t.kind != "refused"] == []
-    assert took < 5.0
+@SOCKETS
+def test_a_stop_under_load_answers_all_it_has_accepted(sockets, side):
+    stop_under_load(lambda p: p.signal(signal.SIGTERM), sockets, side)
 
 
-@MODES
-def test_ctrl_c_under_load_answers_all_it_has_accepted(reuseport):
-    crowd, took = stop_under_load(reuseport, lambda p: p.signal_group(signal.SIGINT))
-    assert crowd.answers > 50
-    assert [t for t in crowd.troubles if t.kind != "refused"] == []
-    assert took < 5.0
+@SOCKETS
+def test_ctrl_c_under_load_answers_all_it_has_accepted(sockets):
+    side = Side({}, None, RATE)
+    stop_under_load(lambda p: p.signal_group(signal.SIGINT), sockets, side)
 
 
 # ---- Changes of workers, under an open loop ------------------------------------------
-
-SECONDS = float(os.environ.get("PREFORK_LOAD_SECONDS", "5"))
-RATE = float(os.environ.get("PREFORK_LOAD_RATE", "200"))
 
 
 async def hup(program: Program, pids: list[int]) -> None:
@@ -161,53 +150,38 @@ async def everything(program: Program, pids: list[int]) -> None:
     await asyncio.sleep(1.0)
 
 
-def stream_while(change, reuseport: bool) -> Stream:
+def stream_while(change, sockets: str, side: Side) -> Stream:
     """What an open loop meets while the workers change again and again."""
 
-    async def scenario(program: Program, stream: Stream, pids: list[int]) -> None:
-        await stream.start()
+    async def scenario(program: Program, pids: list[int]) -> None:
         began = time.monotonic()
         while time.monotonic() - began < SECONDS:
             await change(program, pids)
-        await stream.stop()
 
-    with Program(["-c", PROGRAM, str(reuseport)]) as program:
-        port, *pids = map(int, program.until("ready"))
-        stream = Stream("127.0.0.1", port, rate=RATE)
-        asyncio.run(scenario(program, stream, pids))
-        program.signal(signal.SIGTERM)
-        assert program.wait() == 0
-    return stream
+    stream = Stream("127.0.0.1", rate=side.rate, tls=side.tls)
+    return under_load(stream, scenario, sockets, **side.options)
 
 
 @pytest.mark.contract("better: drain")
-@MODES
+@SOCKETS
 @pytest.mark.timeout(60 + 2 * SECONDS)
 @pytest.mark.parametrize("change", [hup, scale, term, everything])
-def test_nobody_notices_planned_changes_of_workers(change, reuseport):
-    stream = stream_while(change, reuseport)
-    assert stream.answers > 0.2 * SECONDS * RATE  # a machine may be slow
-    assert stream.overslept < 0.1 * stream.answers
-    assert stream.troubles == []
+def test_nobody_notices_planned_changes_of_workers(change, sockets):
+    stream = stream_while(change, sockets, Side({}, None, RATE))
+    went_on(stream)
     assert stream.slowest < 1.0
 
 
 @pytest.mark.contract("better: slots")
-@MODES
+@SOCKETS
 @pytest.mark.timeout(60 + 2 * SECONDS)
-def test_a_worker_killed_under_an_open_loop_takes_only_its_own_with_it(reuseport):
-    kills: list[float] = []
+def test_a_worker_killed_under_an_open_loop_takes_only_its_own_with_it(sockets, side):
+    killer = Killer()
 
     async def kill_one(program: Program, pids: list[int]) -> None:
-        victim = pids.pop(0)
-        kills.append(time.monotonic())
-        os.kill(victim, signal.SIGKILL)
-        pids.append(int((await in_thread(program.until, "new"))[0]))
+        await killer.kill(program, pids)
         await asyncio.sleep(1.0)
 
-    stream = stream_while(kill_one, reuseport)
-    assert stream.count("refused", "late", "wrong") == 0, stream.troubles
-    for trouble in stream.troubles:
-        since = min(trouble.when - kill for kill in kills if kill <= trouble.when)
-        assert since < stream.pause + 0.2, (trouble, kills)
-    assert stream.slowest < 1.0
+    stream = stream_while(kill_one, sockets, side)
+    assert stream.answers > 0.2 * SECONDS * side.rate
+    killer.took_only_its_own(stream, stream.pause + 0.2)

@@ -27,7 +27,6 @@ import psutil
 import pytest
 import trustme
 from authority import Authority, Issued
-from crowd import Crowd
 from cryptography import x509
 from live import GET, SOON, Held, Live, chunk, get, post
 from programs import Program
@@ -1300,47 +1299,3 @@ def test_an_idle_connection_holds_little(issued, authority, version, capsys):
     with capsys.disabled():
         print(f"\nan idle connection of TLS {version} holds {each / 1024:.1f} KiB")
     assert each < 24 * 1024
-
-
-# ---- Under load ----------------------------------------------------------------------
-
-CROWDED = """
-import sys, time
-from prefork import Prefork, Server
-
-def app(request):
-    if request.path == "/slow":
-        time.sleep(0.05)
-    return b"Hello, World!"
-
-def ready(pids):
-    print("ready", prefork.address[1], *pids, flush=True)
-
-cert, key, reuseport = sys.argv[1:]
-prefork = Prefork(
-    Server(app, certfile=cert, keyfile=key), workers=2, reuseport=reuseport == "True",
-    on_master_ready=ready,
-)
-prefork.listen_and_serve("127.0.0.1:0")
-print("returned", flush=True)
-"""
-
-
-@pytest.mark.parametrize("reuseport", [False, True], ids=["shared", "slots"])
-def test_a_stop_under_load_answers_all_it_has_accepted(issued, trusting, reuseport):
-    async def scenario(program: Program, crowd: Crowd) -> None:
-        await crowd.start()
-        await asyncio.sleep(1.0)
-        program.process.terminate()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, program.until, "returned")
-        await crowd.stop()
-
-    arguments = [str(issued.cert), str(issued.key), str(reuseport)]
-    with Program(["-c", CROWDED, *arguments]) as program:
-        port = int(program.until("ready")[0])
-        crowd = Crowd("127.0.0.1", port, paths=("/", "/", "/slow"), tls=trusting)
-        asyncio.run(asyncio.wait_for(scenario(program, crowd), 2 * SOON))
-        assert program.wait() == 0
-    assert crowd.answers > 50
-    assert [t for t in crowd.troubles if t.kind != "refused"] == []
