@@ -1038,12 +1038,16 @@ pf__http_decode_chunked(pf__chunked *c, char *data, size_t *raw, size_t len,
 const char *
 pf_http_simd(void)
 {
-    return pf__scan_variant();
+    return pf__cpu_name(pf__scan_variant());
 }
 
 int
 pf_http_set_simd(const char *name)
 {
-    int rc = pf__scan_select(name);
-    return rc < 0 ? rc : pf__payload_select(name);
+    int variant = pf__cpu_find(name);
+    if (variant < 0)
+        return variant;
+    pf__scan_select((pf__cpu)variant);
+    pf__payload_select((pf__cpu)variant);
+    return 0;
 }

@@ -66,6 +66,18 @@ int pf__spill_open(const char *dir); /* the fd of an unnamed file, or -errno */
 int pf__spill_write(int fd, const char *data, size_t len, uint64_t offset); /* all */
 void pf__spill_close(int *fd); /* if there is one; then it is -1 */
 
+/* ---- cpu.c: which variants of what comes in several this CPU can run -----------------*/
+typedef enum pf__cpu { /* best first */
+                       PF__CPU_AVX2,
+                       PF__CPU_SSE2,
+                       PF__CPU_PORTABLE,
+                       PF__CPU_VARIANTS,
+} pf__cpu;
+
+pf__cpu pf__cpu_best(void);
+int pf__cpu_find(const char *name); /* a variant; -ENOTSUP if this CPU has it not */
+const char *pf__cpu_name(pf__cpu variant);
+
 /* ---- scan.c: how long a run of one character class is, by SIMD or by table ----------*/
 enum {
     PF__CHAR_TOKEN = 1 << 0,  /* tchar, RFC 9110 5.6.2 */
@@ -81,8 +93,8 @@ extern size_t (*pf__scan_value)(const char *p, size_t n);
 extern size_t (*pf__scan_target)(const char *p, size_t n);
 extern size_t (*pf__scan_token)(const char *p, size_t n);
 
-const char *pf__scan_variant(void);
-int pf__scan_select(const char *variant);
+pf__cpu pf__scan_variant(void);
+void pf__scan_select(pf__cpu variant); /* one that was found */
 
 static inline bool
 pf__scan_is(char c, int class)
@@ -130,7 +142,7 @@ extern void (*pf__payload_mask)(char *to, const char *from, size_t n,
 /* false: no text goes on like this. Between two calls a character may be cut. */
 extern bool (*pf__payload_utf8)(pf__utf8 *state, const char *p, size_t n);
 
-int pf__payload_select(const char *variant);
+void pf__payload_select(pf__cpu variant); /* one that was found */
 
 /* ---- http.c: request head and chunked body -> slices --------------------------------*/
 enum {

@@ -8,7 +8,6 @@
  */
 #include "internal.h"
 
-#include <errno.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -260,65 +259,32 @@ utf8_avx2(pf__utf8 *state, const char *p, size_t n)
     }
     return utf8_portable(state, p + first, n - first);
 }
-
-static bool
-has_avx2(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2");
-}
 #endif
-
-static bool
-always(void)
-{
-    return true;
-}
 
 static const struct variant {
-    const char *name;
-    bool (*available)(void);
     void (*mask)(char *, const char *, size_t, const uint8_t[4]);
     bool (*utf8)(pf__utf8 *, const char *, size_t);
-} variants[] = {
-/* best first */
+} variants[PF__CPU_VARIANTS] = {
 #if defined(__x86_64__)
-    {"avx2", has_avx2, mask_avx2, utf8_avx2},
-    {"sse2", always, mask_sse2, utf8_sse2},
+    [PF__CPU_AVX2] = {mask_avx2, utf8_avx2},
+    [PF__CPU_SSE2] = {mask_sse2, utf8_sse2},
 #endif
-    {"portable", always, mask_portable, utf8_portable},
+    [PF__CPU_PORTABLE] = {mask_portable, utf8_portable},
 };
-
-enum { NVARIANTS = sizeof variants / sizeof *variants };
 
 void (*pf__payload_mask)(char *, const char *, size_t,
                          const uint8_t[4]) = mask_portable;
 bool (*pf__payload_utf8)(pf__utf8 *, const char *, size_t) = utf8_portable;
 
-static void
-choose(const struct variant *variant)
+void
+pf__payload_select(pf__cpu variant)
 {
-    pf__payload_mask = variant->mask;
-    pf__payload_utf8 = variant->utf8;
+    pf__payload_mask = variants[variant].mask;
+    pf__payload_utf8 = variants[variant].utf8;
 }
 
 __attribute__((constructor)) static void
-choose_best(void)
+select_best(void)
 {
-    for (int i = 0; i < NVARIANTS; i++)
-        if (variants[i].available()) {
-            choose(&variants[i]);
-            return;
-        }
-}
-
-int
-pf__payload_select(const char *name)
-{
-    for (int i = 0; i < NVARIANTS; i++)
-        if (strcmp(variants[i].name, name) == 0 && variants[i].available()) {
-            choose(&variants[i]);
-            return 0;
-        }
-    return -ENOTSUP;
+    pf__payload_select(pf__cpu_best());
 }

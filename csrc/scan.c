@@ -7,7 +7,6 @@
  */
 #include "internal.h"
 
-#include <errno.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -206,75 +205,42 @@ token_avx2(const char *p, size_t n)
     }
     return scan_table(p, i, n, PF__CHAR_TOKEN);
 }
-
-static bool
-has_avx2(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2");
-}
 #endif
 
-static bool
-always(void)
-{
-    return true;
-}
-
 static const struct variant {
-    const char *name;
-    bool (*available)(void);
     size_t (*value)(const char *, size_t);
     size_t (*target)(const char *, size_t);
     size_t (*token)(const char *, size_t);
-} variants[] = {
-/* best first */
+} variants[PF__CPU_VARIANTS] = {
 #if defined(__x86_64__)
-    {"avx2", has_avx2, value_avx2, target_avx2, token_avx2},
-    {"sse2", always, value_sse2, target_sse2, token_portable},
+    [PF__CPU_AVX2] = {value_avx2, target_avx2, token_avx2},
+    [PF__CPU_SSE2] = {value_sse2, target_sse2, token_portable},
 #endif
-    {"portable", always, value_portable, target_portable, token_portable},
+    [PF__CPU_PORTABLE] = {value_portable, target_portable, token_portable},
 };
 
-enum { NVARIANTS = sizeof variants / sizeof *variants };
-
-static const struct variant *chosen = &variants[NVARIANTS - 1];
+static pf__cpu chosen = PF__CPU_PORTABLE;
 size_t (*pf__scan_value)(const char *, size_t) = value_portable;
 size_t (*pf__scan_target)(const char *, size_t) = target_portable;
 size_t (*pf__scan_token)(const char *, size_t) = token_portable;
 
-static void
-choose(const struct variant *variant)
+void
+pf__scan_select(pf__cpu variant)
 {
     chosen = variant;
-    pf__scan_value = variant->value;
-    pf__scan_target = variant->target;
-    pf__scan_token = variant->token;
+    pf__scan_value = variants[variant].value;
+    pf__scan_target = variants[variant].target;
+    pf__scan_token = variants[variant].token;
 }
 
 __attribute__((constructor)) static void
-choose_best(void)
+select_best(void)
 {
-    for (int i = 0; i < NVARIANTS; i++)
-        if (variants[i].available()) {
-            choose(&variants[i]);
-            return;
-        }
+    pf__scan_select(pf__cpu_best());
 }
 
-const char *
+pf__cpu
 pf__scan_variant(void)
 {
-    return chosen->name;
-}
-
-int
-pf__scan_select(const char *name)
-{
-    for (int i = 0; i < NVARIANTS; i++)
-        if (strcmp(variants[i].name, name) == 0 && variants[i].available()) {
-            choose(&variants[i]);
-            return 0;
-        }
-    return -ENOTSUP;
+    return chosen;
 }

@@ -3,7 +3,6 @@
 #undef NDEBUG
 #include "internal.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -183,14 +182,15 @@ main(void)
 {
     open_page();
     for (int i = 0; i < NVARIANTS; i++) {
-        if (pf__payload_select(variants[i]) < 0) {
+        int variant = pf__cpu_find(variants[i]);
+        if (variant < 0) {
             printf("%s: not here\n", variants[i]);
             continue;
         }
+        pf__payload_select((pf__cpu)variant);
         check_masks();
         check_pairs();
         check_random();
     }
-    assert(pf__payload_select("none") == -ENOTSUP);
     return 0;
 }
