@@ -11,6 +11,16 @@ pf_channel_offered(const pf_request *r)
     return pf__websocket_offered(&r->head, pf_request_bytes(r));
 }
 
+/* The compression that its offers and our options come to. */
+static pf__deflate
+agreed(const pf_request *r)
+{
+    pf__deflate deflate = {0};
+    if (r->loop->options.flags & PF_OPTION_WS_DEFLATE)
+        pf__websocket_accept_deflate(&deflate, &r->head, pf_request_bytes(r));
+    return deflate;
+}
+
 int
 pf_channel_begin(pf_request *r, const char *subprotocol, size_t len)
 {
@@ -22,10 +32,9 @@ pf_channel_begin(pf_request *r, const char *subprotocol, size_t len)
         return rc < 0 ? rc : PF_ERR_STATE;
     char accept[PF__WEBSOCKET_ACCEPT_SIZE], extensions[PF__DEFLATE_ANSWER_MAX];
     size_t extensions_len = 0;
-    pf__deflate deflate = {0};
+    pf__deflate deflate = agreed(r);
     pf__websocket_accept_key(&r->head, bytes, accept);
-    if ((r->loop->options.flags & PF_OPTION_WS_DEFLATE)
-        && pf__websocket_accept_deflate(&deflate, &r->head, bytes))
+    if (deflate.on)
         extensions_len = pf__deflate_answer(&deflate, extensions);
     return pf__response_switch(&r->loop->pool, &r->conn->out, &r->answer, accept,
                                sizeof accept, subprotocol, len,
@@ -40,9 +49,7 @@ pf_channel_open(pf_request *r)
     if ((r->answer.flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED)) != PF__ANSWER_BEGUN
         || r->answer.status != 101)
         return PF_ERR_STATE;
-    pf__deflate deflate = {0};
-    if (r->loop->options.flags & PF_OPTION_WS_DEFLATE)
-        pf__websocket_accept_deflate(&deflate, &r->head, pf_request_bytes(r));
+    pf__deflate deflate = agreed(r);
     int rc = pf__conn_switch(r->conn, &deflate);
     if (rc < 0)
         return rc;
