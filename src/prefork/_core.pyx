@@ -40,11 +40,15 @@ cdef int FIRST_PEER_ERROR = -20001
 cdef int FIRST_APP_ERROR = -20101
 
 
-cdef object error_of(int rc):
-    """The exception that words a bad result of the core."""
-    text = pf_error_text(rc).decode("utf-8", "replace")
-    if rc > FIRST_PEER_ERROR:
-        return OSError(-rc, os.strerror(-rc))
+cdef object error_of(int rc, str reason=None):
+    """The exception that words a bad result of the core, and what a library says of it.
+    """
+    system = rc > FIRST_PEER_ERROR
+    text = os.strerror(-rc) if system else pf_error_text(rc).decode("utf-8", "replace")
+    if reason is not None:
+        text = f"{text} ({reason})"
+    if system:
+        return OSError(-rc, text)
     if rc in (PF_ERR_CLOSED, PF_ERR_WRITE_TIMEOUT, PF_ERR_IDLE_TIMEOUT, PF_ERR_PROXY):
         return ClientDisconnected(text)
     if rc <= FIRST_APP_ERROR:
@@ -59,9 +63,9 @@ cdef int check(int rc) except -1:
     raise error_of(rc)
 
 
-def error(int rc):
-    """The exception of a code that an event carried."""
-    return error_of(rc)
+def error(int rc, str reason=None):
+    """The exception of a code that an event carried, with a library's words for it."""
+    return error_of(rc, reason)
 
 
 def error_status(int rc):
@@ -580,15 +584,16 @@ cdef class Loop:
     def notices(self):
         """Take the notices: [(kind, connection number, client, error or None)]."""
         cdef pf_notice found[64]
+        cdef str reason
         cdef int count
         cdef list out = []
         while True:
             count = pf_loop_notices(self.opened(), found, 64)
             for i in range(count):
-                error = error_of(found[i].code) if found[i].code else None
+                reason = None
                 if found[i].reason is not NULL:
                     reason = found[i].reason.decode("utf-8", "replace")
-                    error = type(error)(f"{error} ({reason})")
+                error = error_of(found[i].code, reason) if found[i].code else None
                 out.append((NOTICES[found[i].kind], found[i].connection,
                             peer_name(&found[i].peer), error))
             if count < 64:
