@@ -15,7 +15,19 @@ from typing import Any
 
 import h11
 import pytest
-from live import GET, HIGH_WATER, SOON, Client, Endless, Held, Live, chunk, get, post
+from live import (
+    GET,
+    HIGH_WATER,
+    SOON,
+    Client,
+    Endless,
+    Held,
+    Live,
+    Log,
+    chunk,
+    get,
+    post,
+)
 from programs import Program
 
 from prefork import ClientDisconnected, ConfigError, Request, Response, Server
@@ -635,6 +647,27 @@ def test_a_handler_that_has_lost_the_lead_may_raise(serve, interface):
     assert [client.ask(get(path)).status for path in ("/slow", "/")] == [500, 200]
     text = live.log.until("LookupError: nobody home")
     assert "Traceback" in text and 'raise LookupError("nobody home")' in text
+
+
+def test_who_logs_a_failure_has_not_borrowed_the_loop(serve, interface):
+    """A logger may take its time: the loop's thread could not wake meanwhile."""
+    borrowed: list[bool] = []
+
+    class Slow(Log):
+        def printf(self, fmt: str, *args: object) -> None:
+            borrowed.append(live.core.borrowed)
+            super().printf(fmt, *args)
+
+    def blocking() -> None:
+        live.run(threading.get_ident)
+        raise LookupError("nobody home")
+
+    live = serve(app_of(interface, blocking), threads=2, logger=Slow())
+    client = live.client()
+    for _ in range(20):
+        assert client.ask(get("/slow")).status == 500
+    live.stop()
+    assert borrowed == [False] * 20
 
 
 def test_a_stream_that_has_lost_the_lead_may_raise(serve, interface):

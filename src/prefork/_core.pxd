@@ -460,6 +460,7 @@ cdef class Loop:
     cdef bint waiting  # the same, and while another one has borrowed it
     cdef object calls  # what other threads ask this loop's thread to do
     cdef bint called   # there may be some
+    cdef list put_off  # what a borrower does when it has given the loop back
     cdef Scoreboard board  # kept open while the loop counts there
     cdef object desk   # who knows more about requests than they do themselves
     cdef public object trust  # who knows what the word of a proxy means, or None
@@ -475,7 +476,7 @@ cdef class Loop:
     cdef object run_calls(self)
     cdef int share(self) except -1
     cdef bint borrow(self) noexcept
-    cdef void give_back(self) noexcept
+    cdef int give_back(self) except -1
     cdef int leave_word(self, function, tuple arguments) except -1
 
 cdef class Request:

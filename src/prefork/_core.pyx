@@ -533,12 +533,33 @@ cdef class Loop:
         self.asleep = False
         return True
 
-    cdef void give_back(self) noexcept:
+    cdef int give_back(self) except -1:
         """What was queued is sent, and the loop's thread sleeps on or is woken."""
+        cdef list put_off = self.put_off
+        self.put_off = None
         self.asleep = True
         pf_loop_return(self.handle)
         if self.called:  # by somebody who took the sleeper for awake
             pf_loop_wake(self.handle)
+        if put_off is not None:
+            for function, arguments in put_off:
+                function(*arguments)
+        return 0
+
+    @property
+    def borrowed(self):
+        """Whether another thread has it while its own one sleeps, and cannot wake."""
+        return self.waiting and not self.asleep
+
+    def unborrowed(self, function, *arguments):
+        """Call function now, or as soon as whoever has borrowed the loop gives it back:
+        what may take its time, or is the app's."""
+        if not self.borrowed:
+            function(*arguments)
+        elif self.put_off is None:
+            self.put_off = [(function, arguments)]
+        else:
+            self.put_off.append((function, arguments))
 
     cdef int leave_word(self, function, tuple arguments) except -1:
         """call() for a loop whose thread looks at its calls before it sleeps: one that

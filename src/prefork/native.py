@@ -345,7 +345,7 @@ class Desk:
             status, name, value = error.status, "Connection", "close"
             body = f"{error}\n".encode()
         elif error is not None:
-            self.logger.error("%r failed", request, exc_info=error)
+            self.core.unborrowed(self.log_raised, request, error)
         if request.begun:
             request.abort()
             return
@@ -356,6 +356,10 @@ class Desk:
             request.abort()
         except ProtocolError as wrong:  # the status of a RequestError that the app made
             self.failed(request, wrong)
+
+    def log_raised(self, request: Request, error: Exception) -> None:
+        """With its traceback; what a logger does with it may take its time."""
+        self.logger.error("%r failed", request, exc_info=error)
 
     # -- other threads, other descriptors, notices --
 
@@ -838,7 +842,7 @@ class AsyncDesk(LoopDesk):
             super().failed(request, error)
             return
         if error is not None and not isinstance(error, ClientDisconnected):
-            self.logger.error("%r failed", request, exc_info=error)
+            self.log_raised(request, error)
         exchange.finish(websocket.ERROR)
 
     def open_websocket(
