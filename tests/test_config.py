@@ -24,7 +24,7 @@ from prefork.config import (
     usable_cpus,
 )
 from prefork.errors import ConfigError
-from prefork.master import Prefork
+from prefork.prefork import Prefork
 
 
 def refusal(values: dict[str, object], groups=EVERYONE, environ=None) -> str:

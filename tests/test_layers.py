@@ -69,6 +69,7 @@ EXPORTS = {
 MODULES: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),
+    "signals": set(),
     "forwarded": {"errors"},
     "configfile": {"errors"},
     "config": {"configfile", "errors", "forwarded"},
@@ -101,28 +102,29 @@ MODULES: dict[str, set[str]] = {
     "worker": {
         *{"server", "listeners", "native", "certificates"},
         *{"_core", "_listeners", "_native", "_processes", "config", "errors", "log"},
+        "signals",
     },
     "slots": {"worker"},
+    "queues": {"_core", "slots"},
+    "recovery": {"config", "errors"},
+    "renewal": {"_core", "certificates", "errors", "log"},
     "spawn": {"_core", "_processes", "errors", "log", "worker"},
     "reload": {"errors", "slots", "spawn"},
     "master": {
-        *{"reload", "spawn", "slots", "worker", "server", "listeners"},
-        *{"_core", "_processes", "certificates", "config", "errors", "log"},
+        *{"reload", "spawn", "slots", "queues", "recovery", "renewal", "worker"},
+        *{"_core", "_processes", "config", "errors", "listeners", "signals"},
+    },
+    "prefork": {
+        *{"master", "spawn", "slots", "worker", "listeners", "certificates"},
+        *{"_core", "config", "errors", "log"},
     },
     "__init__": {
-        *{"master", "worker", "server", "native"},
+        *{"prefork", "worker", "server", "native"},
         *{"_core", "_native", "config", "errors", "log"},
     },
     "cli": {
-        "__init__",
-        "master",
-        "worker",
-        "server",
-        "certificates",
-        "configfile",
-        "config",
-        "errors",
-        "log",
+        *{"__init__", "prefork", "worker", "server", "certificates"},
+        *{"configfile", "config", "errors", "log"},
     },
     "__main__": {"cli"},
 }
@@ -524,7 +526,7 @@ def test_formatting_and_aborting_a_request_are_not_printing_and_exiting():
         ("config", "def f():\n    from .master import Prefork", {"master"}),
         ("master", "import prefork.cli as c", {"cli"}),
         ("native", "from prefork import Server, _core", {"__init__"}),
-        ("worker", "if x:\n    from prefork.master import Prefork", {"master"}),
+        ("worker", "if x:\n    from prefork.prefork import Prefork", {"prefork"}),
     ],
 )
 def test_an_import_upward_is_caught(module, line, found):
@@ -534,7 +536,7 @@ def test_an_import_upward_is_caught(module, line, found):
 def test_an_import_for_annotations_only_is_free():
     text = """
         if typing.TYPE_CHECKING:
-            from prefork.master import Prefork
+            from prefork.prefork import Prefork
         else:
             from prefork import cli
     """

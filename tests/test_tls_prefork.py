@@ -616,7 +616,7 @@ def test_tls_watch_keeps_the_old_certificate_until_the_new_one_is_whole(
 def test_tls_watch_is_not_misled_by_what_happens_beside_the_files(
     run, authority, issued, trusting, tmp_path
 ):
-    program = run(served(issued, tls_watch=True), "from prefork import master as m")
+    program = run(served(issued, tls_watch=True))
     address, pids = ready(program)
     (tmp_path / "other").write_text("x")
     issued.cert.write_bytes(issued.cert.read_bytes())
@@ -774,7 +774,9 @@ def test_a_ticket_is_taken_after_three_rotations_and_not_after_four(
 
 
 def test_the_master_rotates_ticket_keys_by_itself(run, authority, issued, trusting):
-    program = run(served(issued), "import prefork.master as m; m.TICKET_KEY_LIFE = 0.1")
+    program = run(
+        served(issued), "from prefork import renewal as r; r.TICKET_KEY_LIFE = 0.1"
+    )
     address, pids = ready(program)
     _, session = ticket(address, trusting)
     deadline = time.monotonic() + SOON

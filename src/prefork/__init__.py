@@ -26,8 +26,8 @@ from prefork.errors import (
     RequestError,
     WorkerBootError,
 )
-from prefork.master import Prefork
 from prefork.native import Query, Request, RequestLimits, Response
+from prefork.prefork import Prefork
 from prefork.server import Server
 from prefork.worker import is_child
 

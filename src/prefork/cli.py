@@ -214,7 +214,7 @@ def _serve(config: Config) -> int:
 
 
 def _supervise(config: Config, kept: Sequence[int]) -> None:
-    from prefork.master import Prefork
+    from prefork.prefork import Prefork
 
     early = config.preload and config.spawn == "fork"
     server = _server(config) if early else Deferred(config)

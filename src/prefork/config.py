@@ -682,7 +682,7 @@ class Config:
         False, "Reload when the files of certificates have changed.", BOOLEAN
     )
 
-    # And what is told. These of Prefork are described in prefork.master.
+    # And what is told. These of Prefork are described in prefork.prefork.
     log_level: str = _option(
         "info",
         "Least important messages to log.",

@@ -1,10 +1,13 @@
 """The master: binds, starts the workers, keeps them alive, and ends them in order.
 
-    Prefork      what users hold: options as plain attributes, listen_and_serve()
     Master       one call of listen_and_serve(), from bind to teardown
     slots.Slot   the place of one worker; workers come and go, slots stay
     spawn        where workers come from
     reload       how all of them are replaced
+    recovery     how many may crash
+    queues       who accepts for a slot while its worker does not
+    renewal      what of TLS is kept fresh
+    signals      what ends the wait, and how signals do
 
 The master waits in one blocking call for everything at once: signals, children that
 end, and the pipes by which workers report. It runs in the program's main thread, as do
@@ -20,33 +23,29 @@ import contextlib
 import dataclasses
 import enum
 import gc
-import itertools
 import json
 import os
 import signal
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from prefork import _core, _processes, listeners, log, spawn, worker
-from prefork.certificates import Certificates, Data, Files, Watch
-from prefork.config import OPTIONS, PREFORK, Config, names, usable_cpus
+from prefork import _core, _processes, listeners, signals, spawn, worker
+from prefork.config import OPTIONS, PREFORK, Config, names
 from prefork.errors import (
-    CertificateError,
     ConfigError,
-    OnlyReuseportOnWindowsError,
-    OverRecoveryError,
     ReloadError,
     SpawnError,
     WorkerBootError,
     describe_status,
 )
 from prefork.listeners import Listener
+from prefork.queues import Queues
+from prefork.recovery import Recovery
 from prefork.reload import Reload
-from prefork.slots import Life, Slot, Worker, WorkerState
+from prefork.renewal import Renewal
+from prefork.slots import Life, Slot, WorkerState
 from prefork.spawn import Forks, Producer, Programs, Seat, Source, Template
 
 
@@ -62,351 +61,7 @@ class State(enum.Enum):
 RUNNING = (State.STARTING, State.SERVING)
 ROWS = 4 * 4096  # of the scoreboard: sparse, those never claimed take no memory
 RETRY = 1.0  # seconds after which a worker that could not be started is tried again
-WAKE = b"\0"  # written to the wake pipe by other threads; signals write their number
 STRANGERS_WAIT = 1.0  # seconds in which whoever started a child may reap it
-TICKET_KEY_LIFE = 8 * 3600.0  # seconds in which new TLS session tickets have one key
-SETTLE = 0.5  # seconds between the first change of a certificate's files and a look
-
-
-class Prefork:
-    """Serve one server from several worker processes.
-
-    server is a `prefork.Server`, or anything with its serve(). Options are keywords,
-    and plain attributes that may be set until listen_and_serve() validates them; the
-    environment (PREFORK_<NAME>) gives their defaults. Callbacks:
-
-    on_child_spawn(pid)       for every worker, after it was started
-    on_master_ready(pids)     once, when every worker accepts
-    on_child_recover(old, new)  after on_child_spawn(new); a notice
-    on_master_death()         in the worker, when the master died; default: drain, exit
-
-    The first three run in the master's main thread. They may call shutdown(), reload()
-    and scale(). What the first two raise tears everything down and leaves
-    listen_and_serve() unchanged; what the third raises is logged. docs/prefork.md has
-    the details.
-    """
-
-    bind: Sequence[str]
-    network: str
-    backlog: int
-    unix_mode: int | None
-    defer_accept: bool
-    reuseport: bool
-    spawn: str
-    preload: bool
-    recover_threshold: int | None
-    recover_window: float | None
-    recover_interval: float
-    shutdown_grace_period: float
-    log_level: str
-    logger: log.Logger | log.Printer | None
-    serve_func: Callable[..., object] | None
-    serve_tls_func: Callable[..., object] | None
-    serve_tls_embed_func: Callable[..., object] | None
-    command_producer: Callable[..., object] | None
-    on_child_spawn: Callable[[int], object] | None
-    on_master_ready: Callable[[list[int]], object] | None
-    on_child_recover: Callable[[int, int], object] | None
-    on_master_death: Callable[[], None] | None
-
-    def __init__(self, server: worker.Servant | None = None, **options: Any) -> None:
-        config = Config.load(options, PREFORK)
-        self.server = server
-        self._workers: Any = None
-        self._master: Master | None = None
-        self._board: _core.Scoreboard | None = None  # of a child that was executed
-        self._number, self._runs = next(_made), 0
-        for name, value in config.keywords(PREFORK).items():
-            setattr(self, name, value)
-        if self.logger is None:
-            self.logger = getattr(server, "logger", None)
-
-    @property
-    def workers(self) -> tuple[Worker, ...]:
-        """One entry for each slot. To set it to a number is to choose how many."""
-        if self._master is not None:
-            row_of = self._master.board.row
-            return tuple(slot.worker(row_of) for slot in self._master.slots)
-        count = self._workers if isinstance(self._workers, int) else usable_cpus()
-        return tuple(Worker(None, slot, WorkerState.VACANT) for slot in range(count))
-
-    @workers.setter
-    def workers(self, count: int | None) -> None:
-        if self._master is not None:
-            self.scale(count if count is not None else usable_cpus())
-        self._workers = count
-
-    def scale(self, count: int) -> None:
-        """Have so many workers; any thread of the master, and every callback.
-
-        Returns at once. Workers that are too many drain and leave.
-        """
-        count = OPTIONS["workers"].read("workers", count)
-        master = self._asked("scale")
-        if master is not None:
-            master.ask_scale(count)
-
-    @property
-    def scoreboard(self) -> _core.Scoreboard | None:
-        """What the workers do and have counted: rows(), and totals() of all that lived.
-
-        None while nothing runs. The master and every worker may read it, any thread.
-        """
-        return self._master.board if self._master is not None else self._board
-
-    @property
-    def addresses(self) -> tuple[Any, ...]:
-        """What the listeners are bound to, as getsockname() tells it; empty if none.
-
-        (host, port), for IPv6 with two more numbers, or the path of a unix socket.
-        """
-        listeners = self._master.listeners if self._master is not None else []
-        return tuple(listener.name for listener in listeners)
-
-    @property
-    def address(self) -> Any:
-        """The first of the addresses, with its real port; None if there is none."""
-        return next(iter(self.addresses), None)
-
-    def listen_and_serve(self, address: str | Iterable[str] | None = None) -> None:
-        """Bind, start the workers and supervise them until an orderly stop.
-
-        address is ":8080", "host:port", "[::1]:8080", "unix:/path" or several of them
-        (None: the attribute bind). Runs in the main thread, where it handles SIGTERM,
-        SIGINT and SIGQUIT while it runs; it returns after one of them or shutdown().
-
-        Raises ConfigError, TypeError (nothing to serve with), OSError (an address
-        cannot be bound; nothing was started), WorkerBootError (a worker failed before
-        it accepted), OverRecoveryError, and what a callback raised.
-        """
-        self._run(address, None)
-
-    def listen_and_serve_tls(
-        self, address: str | Iterable[str], *, key_file: str, cert_file: str
-    ) -> None:
-        """The same with TLS: a certificate with its chain, and its key, in PEM files.
-
-        The server is `prefork.Server`, whose TLS options count too, or serve_tls_func.
-        The files are read and checked before anything is bound or started.
-
-        Raises what listen_and_serve() does, OSError for a file that cannot be read,
-        and CertificateError for what cannot be served with.
-        """
-        self._run(address, Files.named(cert_file, key_file))
-
-    def listen_and_serve_tls_embed(
-        self, address: str | Iterable[str], *, cert_data: bytes, key_data: bytes
-    ) -> None:
-        """The same with a certificate and a key in memory, as PEM.
-
-        The server is `prefork.Server` or serve_tls_embed_func.
-        """
-        self._run(address, Data.named(cert_data, key_data))
-
-    def _run(
-        self, address: str | Iterable[str] | None, place: Files | Data | None
-    ) -> None:
-        """Be the master, or the worker that this call is the place of."""
-        self._runs += 1
-        config = self._validated()
-        addresses = config.bind if address is None else _listed(address)
-        serve_func = self._serve_func(config, place)
-        inheritance = worker.inheritance()
-        if inheritance is not None:
-            if inheritance.run in ("", self._run_name):
-                secured = self._secured(serve_func, place)
-                with _told_in_one_line(secured) as certificates:
-                    work = self._work(config, serve_func, certificates)
-                    if inheritance.role == "template":
-                        _tell_of(certificates, work.logger)
-                    self._serve_as_child(inheritance, config, work, addresses)
-            return  # the master of another one has started this program
-        self._check_caller()
-        if serve_func is not None and len(addresses) != 1:
-            raise ConfigError("serve_func takes one listener: give one address")
-        with self._secured(serve_func, place) as certificates:
-            work = self._work(config, serve_func, certificates)
-            _tell_of(certificates, work.logger)
-            self._master = Master(work, config, self._run_name)
-            try:
-                self._master.run(addresses)
-            finally:
-                self._master = None
-
-    def _serve_func(
-        self, config: Config, place: Files | Data | None
-    ) -> Callable[[Any], object] | None:
-        """The stranger's server that is to be called in workers; None: ours is."""
-        if place is None:
-            if config.serve_func is None and not callable(
-                getattr(self.server, "serve", None)
-            ):
-                raise TypeError("Prefork needs a server with a serve(), or serve_func")
-            return config.serve_func
-        embedded = isinstance(place, Data)
-        name = "serve_tls_embed_func" if embedded else "serve_tls_func"
-        function = getattr(config, name)
-        if function is None and _tls_config(self.server) is None:
-            raise TypeError(f"Prefork needs a prefork.Server, or {name}")
-        if function is None:
-            return None
-        return lambda sock: function(sock, place.cert, place.key)
-
-    @contextlib.contextmanager
-    def _secured(
-        self,
-        serve_func: Callable[[Any], object] | None,
-        place: Files | Data | None,
-    ) -> Iterator[Certificates | None]:
-        """Load the certificates: what the server has then, forked workers share."""
-        if serve_func is not None:
-            certificates = None if place is None else Certificates(Config(), [place])
-            if certificates is not None:
-                certificates.check()
-            yield certificates
-            return
-        config = _tls_config(self.server)
-        certificates = Certificates.chosen(config, place) if config else None
-        if certificates is None:
-            yield None
-            return
-        server: Any = self.server
-        server.tls = certificates.load()
-        try:
-            yield certificates
-        finally:
-            server.tls = None
-
-    @property
-    def _run_name(self) -> str:
-        """The same in a program that is run again: which Prefork, which of its runs."""
-        return f"{self._number}.{self._runs}"
-
-    def _work(
-        self,
-        config: Config,
-        serve_func: Callable[[Any], object] | None,
-        certificates: Certificates | None,
-    ) -> worker.Work:
-        return worker.Work(
-            server=self.server,
-            serve_func=serve_func,
-            on_master_death=config.on_master_death,
-            logger=log.error_logger(config.logger, config.log_level),
-            grace=config.shutdown_grace_period,
-            certificates=certificates,
-        )
-
-    def _serve_as_child(
-        self,
-        found: worker.Inheritance,
-        config: Config,
-        work: worker.Work,
-        addresses: Sequence[str],
-    ) -> NoReturn:
-        """Serve here what the master listens on; ends the program."""
-        with contextlib.ExitStack() as stack:
-            sockets = worker.inherited_sockets(found)
-            if not sockets and found.role == "worker":
-                sockets = self._own_sockets(found, config, addresses, stack)
-            if work.serve_func is not None:
-                for sock in sockets:
-                    sock.setblocking(True)
-            options = json.dumps(_plain(config))
-            self._board = found.open_board()
-            status = worker.serve_inherited(found, work, sockets, self._board, options)
-        raise SystemExit(status)
-
-    def _own_sockets(
-        self,
-        found: worker.Inheritance,
-        config: Config,
-        addresses: Sequence[str],
-        stack: contextlib.ExitStack,
-    ) -> list[Any]:
-        """With reuseport, a worker that inherits nothing listens for itself."""
-        texts = [found.address] if found.address else addresses
-        config = dataclasses.replace(config, reuseport=True)
-        made = listeners.listen_all(texts, config, 1, stack.callback)
-        return [listener.socket_of(0) for listener in made]
-
-    def reload(self) -> None:
-        """Replace all workers, with the program's present code, one after the other.
-
-        Any thread of the master, and every callback. Returns at once; what goes wrong
-        is logged, and the old workers go on.
-        """
-        master = self._asked("reload")
-        if master is not None:
-            master.ask_reload()
-
-    def shutdown(self) -> None:
-        """Ask for an orderly stop; any thread of the master, and every callback.
-
-        Returns at once; listen_and_serve() returns when the workers are gone.
-        """
-        master = self._asked("shutdown")
-        if master is not None:
-            master.ask_stop()
-
-    def _asked(self, what: str) -> Master | None:
-        if worker.is_child():
-            raise RuntimeError(f"{what}() must be called in the master")
-        return self._master
-
-    def _validated(self) -> Config:
-        values = {name: getattr(self, name) for name in names(PREFORK)}
-        values["workers"] = self._workers
-        config = Config(**values)
-        if sys.platform == "win32" and not config.reuseport:
-            raise OnlyReuseportOnWindowsError("reuseport must be True on Windows")
-        if config.spawn == "exec" and config.command_producer is None:
-            spawn.check_program()
-        return config
-
-    def _check_caller(self) -> None:
-        if worker.is_child():
-            raise RuntimeError("a worker cannot be a master: guard the call by a main")
-        if self._master is not None:
-            raise RuntimeError("this Prefork serves already")
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError(
-                "listen_and_serve() handles signals: call it in the main thread"
-            )
-
-
-def _listed(address: str | Iterable[str]) -> tuple[str, ...]:
-    found = (address,) if isinstance(address, str) else tuple(address)
-    if not found:
-        raise ConfigError("address must be one address or several, not none")
-    return found
-
-
-def _tls_config(server: Any) -> Config | None:
-    """The options of a server that takes certificates: ours does."""
-    config = getattr(server, "config", None)
-    return config if isinstance(config, Config) and hasattr(server, "tls") else None
-
-
-def _tell_of(certificates: Certificates | None, logger: log.Logger) -> None:
-    """Log what is served with, and what is wrong with its dates."""
-    if certificates is not None:
-        for line in certificates.describe():
-            logger.info(line)
-        certificates.warn(logger)
-
-
-@contextlib.contextmanager
-def _told_in_one_line(
-    secured: contextlib.AbstractContextManager[Certificates | None],
-) -> Iterator[Certificates | None]:
-    """In a child, whose errors its master tells: not with a traceback."""
-    with contextlib.ExitStack() as stack:
-        try:
-            certificates = stack.enter_context(secured)
-        except OSError as error:
-            raise CertificateError(f"{error.filename}: {error.strerror}") from None
-        yield certificates
 
 
 def _spawn_error(error: OSError) -> SpawnError:
@@ -414,10 +69,7 @@ def _spawn_error(error: OSError) -> SpawnError:
     return SpawnError(f"cannot start a worker: {reason[:1].lower()}{reason[1:]}")
 
 
-_made = itertools.count(1)  # the Preforks of this program
-
-
-def _plain(config: Config) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
     """The options that can be written down: what a reload takes over or warns of."""
     found = {name: getattr(config, name) for name in names(PREFORK)}
     return {n: v for n, v in found.items() if not OPTIONS[n].keyword_only}
@@ -449,16 +101,14 @@ class Master:
         self.reports: dict[int, Life] = {}  # by the pipe's read end
         self.listeners: list[Listener] = []
         self.news: deque[tuple[int, int, int]] = deque()  # outlives what one raises
-        self.exits: deque[tuple[float, int | None]] = deque()
+        self.recovery = Recovery()
         self.deadline: float | None = None  # of a stop
         self.reap_at: float | None = None  # when strangers are reaped
         self.reload: Reload | None = None
-        self.rotate_at: float | None = None  # when new tickets get another key
-        self.watch: Watch | None = None  # over the certificates' files
-        self.look_at: float | None = None  # when that is to be asked for changes
+        self.renewal: Renewal | None = None  # of our own server's TLS
         self.stop_asked = self.reload_asked = False
         self.scale_asked: int | None = None
-        self._wake_lock = threading.RLock()
+        self.wake = signals.Wake()
 
     # ---- The run ----
 
@@ -491,18 +141,21 @@ class Master:
         """Pipes, then signals; given back in reverse order."""
         self.board = _core.Scoreboard(ROWS)
         stack.callback(self.board.close)
-        self.lifeline, self.lifeline_end = self._pipe(stack, os.O_CLOEXEC)
-        self.wake, self.wake_end = self._pipe(stack, os.O_CLOEXEC | os.O_NONBLOCK)
-        stack.callback(self._stop_waking)
-        stack.enter_context(_awaitable_children())
+        self.queues = Queues(self.board, self.lives)
+        self.lifeline, self.lifeline_end = ends = os.pipe2(os.O_CLOEXEC)
+        for end in ends:
+            stack.callback(os.close, end)
+        self.wake.open()
+        stack.callback(self.wake.close)
+        stack.enter_context(signals.awaitable_children())
         numbers = [*SIGNALS]
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL:
             numbers.append(signal.SIGCHLD)
-        stack.enter_context(_collected_signals(numbers, self.wake_end))
-        self.let_through = spawn.signals_to_let_through(numbers)
+        stack.enter_context(signals.collected(numbers, self.wake.end))
+        self.let_through = signals.let_through(numbers)
         self.processes = _processes.Processes(numbers)
         stack.callback(self.processes.close)
-        self.processes.watch(self.wake)
+        self.processes.watch(self.wake.fd)
         self._open_tls(stack)
         self.source = self.first_source = self._first_source()
         self.was_reaper = _processes.is_reaper()
@@ -515,18 +168,10 @@ class Master:
         certificates = self.work.certificates
         if certificates is None or self.work.serve_func is not None:
             return
-        self._rotate_tickets()
-        if certificates.config.tls_watch:
-            self.watch = Watch(certificates.paths, certificates.digests)
-            stack.callback(self.watch.close)
-            self.processes.watch(self.watch.fileno())
-            self.look_at = time.monotonic()  # what was loaded may be old by now
-
-    def _pipe(self, stack: contextlib.ExitStack, flags: int) -> tuple[int, int]:
-        ends = os.pipe2(flags)
-        for end in ends:
-            stack.callback(os.close, end)
-        return ends
+        self.renewal = Renewal(certificates, self.board, self.logger)
+        stack.callback(self.renewal.close)
+        if self.renewal.fileno() >= 0:
+            self.processes.watch(self.renewal.fileno())
 
     def _first_source(self) -> Source:
         """Where workers come from, until a reload."""
@@ -576,10 +221,8 @@ class Master:
             self._do_as_asked()
 
     def _do_what_is_due(self, now: float) -> None:
-        if self.rotate_at is not None and self.rotate_at <= now:
-            self._rotate_tickets()
-        if self.look_at is not None and self.look_at <= now:
-            self._look_at_certificates()
+        if self.renewal is not None and self.renewal.do_what_is_due(now):
+            self.reload_asked = True
         for slot in list(self.slots):
             if self.state in RUNNING and slot.due is not None and slot.due <= now:
                 self._recover(slot)
@@ -589,7 +232,7 @@ class Master:
         dues.append(self.reap_at)
         if self.state in RUNNING:
             dues += [slot.due for slot in self.slots]
-            dues += [self.rotate_at, self.look_at]
+            dues += self.renewal.dues() if self.renewal is not None else ()
         elif self.state is State.STOPPING:
             dues.append(self.deadline)
         known = [due for due in dues if due is not None]
@@ -612,17 +255,9 @@ class Master:
             with self._letting_through():
                 self.config.on_master_ready(pids)
 
-    @contextlib.contextmanager
-    def _letting_through(self) -> Any:
-        """While the user's code runs: what it starts must not have signals blocked.
-
-        What comes meanwhile, Python's handler writes to the wake pipe.
-        """
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.let_through)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self.let_through)
+    def _letting_through(self) -> contextlib.AbstractContextManager[None]:
+        """While the user's code runs; what comes meanwhile goes to the wake pipe."""
+        return signals.letting_through(self.let_through)
 
     # ---- Slots: what outlives a worker, and who must know ----
 
@@ -648,42 +283,9 @@ class Master:
         self._fleet_changed()
 
     def _fleet_changed(self) -> None:
-        """Workers came, went or began to accept: somebody accepts for every slot.
-
-        With a socket for each slot, what waits at one without a worker, or whose worker
-        still boots, is accepted by another meanwhile.
-        """
-        if not self.config.reuseport or self.state is not State.SERVING:
-            return
-        ready = [slot.life for slot in self.slots if slot.state is WorkerState.READY]
-        able = [life for life in ready if life is not None and life.row >= 0]
-        for slot in self.slots:
-            if slot.state is WorkerState.READY:
-                self._release_queue(slot)
-            elif slot.adopter not in able:
-                self._adopt_queue(slot, able)
-
-    def _adopt_queue(self, slot: Slot, able: Sequence[Life]) -> None:
-        """The worker with the fewest connections accepts for this slot, too."""
-        held = {life.row: self.board.row(life.row) for life in able}
-        slot.adopter = min(
-            able,
-            key=lambda life: (held[life.row] or {}).get("connections", 0),
-            default=None,
-        )
-        if slot.adopter is None:
-            return
-        try:
-            for sock in slot.sockets:
-                self.board.adopt(slot.adopter.row, slot.index, sock.fileno())
-        except OSError:  # a stranger, or too busy: the slot's next worker comes soon
-            self._release_queue(slot)
-
-    def _release_queue(self, slot: Slot) -> None:
-        adopter, slot.adopter = slot.adopter, None
-        if adopter is not None and adopter.pid in self.lives:
-            with contextlib.suppress(OSError):
-                self.board.release(adopter.row, slot.index)
+        """Workers came, went or began to accept: somebody accepts for every slot."""
+        if self.config.reuseport and self.state is State.SERVING:
+            self.queues.attend(self.slots)
 
     # ---- Starting a worker ----
 
@@ -778,13 +380,13 @@ class Master:
         """What a forked worker closes: all that is the master's or other workers'."""
         socks = [sock for listener in self.listeners for sock in listener.sockets]
         others = [sock for sock in socks if sock not in seat.sockets]
-        fds = [self.lifeline_end, self.wake, self.wake_end, *self.reports]
+        fds = [self.lifeline_end, self.wake.fd, self.wake.end, *self.reports]
         templates = [life.source for life in self.lives.values() if life.slot is None]
-        watches = [self.watch] if self.watch is not None else []
+        renewal = self.renewal
 
         def release() -> None:
-            for watch in watches:
-                watch.close()
+            if renewal is not None:
+                renewal.close()
             for sock in others:
                 sock.close()
             for fd in fds:
@@ -830,11 +432,11 @@ class Master:
             self.reap_at = time.monotonic() + STRANGERS_WAIT
 
     def _on_readable(self, fd: int, _: int) -> None:
-        if fd == self.wake:
+        if fd == self.wake.fd:
             self._on_wake()
             return
-        if self.watch is not None and fd == self.watch.fileno():
-            self._on_change(self.watch)
+        if self.renewal is not None and fd == self.renewal.fileno():
+            self.renewal.on_change()
             return
         life = self.reports.get(fd)
         if life is None:
@@ -846,10 +448,9 @@ class Master:
     def _on_wake(self) -> None:
         """Somebody asked for something, or a signal met a thread that has it not
         blocked."""
-        with contextlib.suppress(BlockingIOError):
-            for number in os.read(self.wake, 512):
-                if number in SIGNALS or number == signal.SIGCHLD:
-                    self._on_signal(0, number)
+        for number in self.wake.read():
+            if number in SIGNALS or number == signal.SIGCHLD:
+                self._on_signal(0, number)
         if self.stop_asked and self.state in RUNNING:
             self.logger.info("shutdown: stopping")
             self._become(State.STOPPING)
@@ -926,32 +527,15 @@ class Master:
         cause = self._boot_error(life, code)
         if cause is not None and self.state is State.STARTING:
             raise cause
-        self._count(code, cause)
+        tally = self.recovery.count(self.config, len(self.slots), code, cause)
         ended = f"worker {life.pid} ended: {describe_status(code)}"
         what = str(cause) if cause else ended
-        self.logger.error("%s; recovering, %s", what, self._tally())
+        self.logger.error("%s; recovering, %s", what, tally)
         self._replace(slot, self.config.recover_interval)
 
     def _boot_error(self, life: Life, code: int | None) -> WorkerBootError | None:
         failure = life.boot_failure(code, f"it ended ({describe_status(code)})")
         return WorkerBootError(life.pid, failure) if failure is not None else None
-
-    @property
-    def _threshold(self) -> int:
-        chosen = self.config.recover_threshold
-        return max(1, len(self.slots) // 2) if chosen is None else chosen
-
-    def _count(self, code: int | None, cause: WorkerBootError | None) -> None:
-        now, window = time.monotonic(), self.config.recover_window
-        while window is not None and self.exits and self.exits[0][0] <= now - window:
-            self.exits.popleft()
-        self.exits.append((now, code))
-        if len(self.exits) > self._threshold:
-            statuses = [status for _, status in self.exits]
-            raise OverRecoveryError(len(statuses), self._threshold, statuses) from cause
-
-    def _tally(self) -> str:
-        return f"{len(self.exits)} of {self._threshold}"
 
     def _replace(self, slot: Slot, wait: float) -> None:
         if slot.successor is not None:
@@ -1043,39 +627,6 @@ class Master:
             self.reload = None
             self._close_templates()
 
-    # ---- TLS ----
-
-    def _rotate_tickets(self) -> None:
-        """A new key for session tickets; those of the last day still open theirs."""
-        self.board.rotate_tickets()
-        self.rotate_at = time.monotonic() + TICKET_KEY_LIFE
-
-    def _on_change(self, watch: Watch) -> None:
-        """Something has happened where the certificates are; more may follow."""
-        watch.read()
-        if self.look_at is None:
-            self.look_at = time.monotonic() + SETTLE
-
-    def _look_at_certificates(self) -> None:
-        """Reload, if the files hold something else that can be served with."""
-        self.look_at = None
-        certificates = self.work.certificates
-        assert self.watch is not None and certificates is not None
-        if not self.watch.differs():
-            return
-        try:
-            certificates.load()
-        except OSError as error:
-            self._keep_certificates(f"{error.filename}: {error.strerror}")
-        except CertificateError as error:
-            self._keep_certificates(str(error))
-        else:
-            self.logger.info("the certificates' files have changed")
-            self.reload_asked = True
-
-    def _keep_certificates(self, reason: str) -> None:
-        self.logger.error("new certificates fail, the old ones stay: %s", reason)
-
     # ---- Scaling ----
 
     def _scale(self, count: int) -> None:
@@ -1122,7 +673,7 @@ class Master:
         for listener, sock in zip(self.listeners, slot.sockets, strict=False):
             listener.avoid(sock)
         slot.due = None
-        self._release_queue(slot)
+        self.queues.release(slot)
         self.retired.append(slot)
         for life in (slot.life, slot.successor):
             if life is not None:
@@ -1159,7 +710,7 @@ class Master:
             self._take_over(json.loads(options))
 
     def _take_over(self, options: dict[str, Any]) -> None:
-        old, new = json.loads(json.dumps(_plain(self.config))), {}
+        old, new = json.loads(json.dumps(plain(self.config))), {}
         for name, value in options.items():
             if value == old.get(name):
                 continue
@@ -1209,28 +760,17 @@ class Master:
     def ask_stop(self) -> None:
         """Any thread, any signal handler of the master."""
         self.stop_asked = True
-        self._wake_up()
+        self.wake.up()
 
     def ask_reload(self) -> None:
         """Any thread, any signal handler of the master."""
         self.reload_asked = True
-        self._wake_up()
+        self.wake.up()
 
     def ask_scale(self, count: int) -> None:
         """Any thread, any signal handler of the master."""
         self.scale_asked = count
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        with self._wake_lock, contextlib.suppress(BlockingIOError):
-            if self.wake_end >= 0:
-                os.write(self.wake_end, WAKE)
-
-    wake_end = -1
-
-    def _stop_waking(self) -> None:
-        with self._wake_lock:
-            self.wake_end = -1
+        self.wake.up()
 
     def _tear_down(self) -> None:
         """End every worker, whatever brought us here; no process is left behind."""
@@ -1294,40 +834,6 @@ EVENTS: dict[int, Callable[[Master, int, int], None]] = {
     _processes.SIGNALLED: Master._on_signal,
     _processes.READABLE: Master._on_readable,
 }
-
-
-@contextlib.contextmanager
-def _collected_signals(numbers: Iterable[int], wake_end: int) -> Any:
-    """Handlers for signals that meet another thread than ours, which blocks them.
-
-    A signal to the process goes to any thread that does not block it, and by default
-    would end us there, or (SIGCHLD) be lost. Python's handler writes its number to the
-    wake pipe; we read it from there. What was set before is restored.
-    """
-    old_fd = signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-    old = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, worker.ignore)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(old_fd)
-        for number, handler in old.items():
-            if handler is not None:  # None: not installed by Python
-                signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _awaitable_children() -> Any:
-    """Have ended children wait for us, where SIGCHLD is ignored and they would not."""
-    if signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -308,9 +308,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def signals_to_let_through(numbers: Iterable[int]) -> list[int]:
-    """Of these signals, those that nobody had blocked in this thread before."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    return [number for number in numbers if number not in blocked]

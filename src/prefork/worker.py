@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
-from prefork import _core, _listeners, _processes, log
+from prefork import _core, _listeners, _processes, log, signals
 from prefork.certificates import Certificates
 from prefork.errors import (
     AppLoadError,
@@ -152,7 +152,7 @@ def run(task: Task) -> NoReturn:
         try:
             status = _live(task)
         finally:
-            signal.signal(signal.SIGTERM, ignore)
+            signal.signal(signal.SIGTERM, signals.ignore)
             log.flush()
     finally:
         os._exit(status)
@@ -166,7 +166,7 @@ def _live(task: Task) -> int:
         task.release()  # from here on signals come through
         (_serve if task.work.serve_func is None else _serve_foreign)(task)
     except Leave:
-        signal.signal(signal.SIGTERM, ignore)
+        signal.signal(signal.SIGTERM, signals.ignore)
         task.tell_leaving()
         return 0
     except BaseException as error:
@@ -178,13 +178,9 @@ def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, _leave)
     for number in MASTERS_OWN:
-        signal.signal(number, ignore)  # unlike SIG_IGN, ends with an exec
-    if signal.getsignal(signal.SIGCHLD) is ignore:
+        signal.signal(number, signals.ignore)  # unlike SIG_IGN, ends with an exec
+    if signal.getsignal(signal.SIGCHLD) is signals.ignore:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it was the master's
-
-
-def ignore(number: int, frame: object) -> None:
-    """A handler that does nothing: the wakeup fd tells, or nobody is to know."""
 
 
 def _leave(number: int, frame: object) -> NoReturn:
@@ -453,7 +449,7 @@ def _be_template(
     listeners. The answer is the worker's pid; a child of a child that has ended, it is
     the master's (a subreaper) from then on.
     """
-    signal.signal(signal.SIGTERM, ignore)  # the control socket tells
+    signal.signal(signal.SIGTERM, signals.ignore)  # the control socket tells
     gc.collect()
     gc.freeze()
     os.write(found.report, READY + options.encode() + b"\n")
