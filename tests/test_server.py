@@ -1034,6 +1034,33 @@ def test_a_signal_lets_what_is_under_way_finish(start, number, app, early):
 
 @pytest.mark.contract("better: drain")
 @pytest.mark.parametrize("app", ["echo", "echo_async"])
+def test_a_signal_lets_a_head_that_is_half_sent_come_whole(start, app):
+    program = start(f"run({app}, drain_idle=0)")
+    with connected(program)() as client:
+        client.send(GET[:-2])
+        assert client.is_quiet()
+        program.signal(signal.SIGTERM)
+        program.until("draining")
+        assert client.is_quiet()
+        client.send(GET[-2:])
+        answer = client.answer()
+        assert (answer.status, answer.closes, client.rest()) == (200, True, b"")
+    ends(program)
+
+
+def test_in_a_stop_a_head_that_does_not_end_has_no_more_than_header_timeout(start):
+    program = start("run(echo, header_timeout=0.3, drain_idle=60)")
+    with connected(program)() as client:
+        client.send(GET[:-2])
+        program.signal(signal.SIGTERM)
+        program.until("draining")
+        answer = client.answer()
+        assert (answer.status, answer.closes, client.rest()) == (408, True, b"")
+    ends(program)
+
+
+@pytest.mark.contract("better: drain")
+@pytest.mark.parametrize("app", ["echo", "echo_async"])
 def test_a_signal_leaves_an_idle_connection_one_more_request(start, app):
     program = start(f"run({app}, drain_idle=60)")
     with connected(program)() as client:
