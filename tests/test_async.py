@@ -403,7 +403,8 @@ def test_a_body_that_breaks_off_raises_what_the_peer_is_answered(serve, name):
             raise
         return b"never"
 
-    options = {"max_request_body_size": 10, "read_timeout": 0.1}
+    patience = {"read_timeout": 0.1} if name == "stalled" else {}
+    options = {"max_request_body_size": 10, **patience}
     live = serve(handler, stream_request_body=True, **options)
     client = live.client()
     client.send(STREAMED + chunk(b"hello"))
