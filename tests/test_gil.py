@@ -8,6 +8,7 @@ it, they would wait in vain.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from live import GET, Client, get
 from programs import Program
 
 SERVER = """
-import ctypes, os, sys, threading
+import ctypes, json, os, sys, threading
 from prefork import Server
 
 system = ctypes.PyDLL(None).system  # unlike that of CDLL it keeps the GIL
@@ -35,8 +36,8 @@ def handler(request):
     return large if request.path == "/large" else b"hi"
 
 threading.Thread(target=hold, daemon=True).start()
-limits = {"header_timeout": 0.2, "idle_timeout": 1, "drain_idle": 0}
-Server(handler, **limits, defer_accept=False).listen_and_serve(
+limits = {"drain_idle": 0, "defer_accept": False, **json.loads(sys.argv[2])}
+Server(handler, **limits).listen_and_serve(
     "127.0.0.1:0", on_ready=lambda server: print("ready", *server.address, flush=True)
 )
 """
@@ -79,12 +80,14 @@ class Held:
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[Held]:
+def held(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Held]:
+    """A Held whose server has these options."""
+    options = json.dumps(getattr(request, "param", {}))
     path = tmp_path / "gate"
     os.mkfifo(path)
     gate = os.open(path, os.O_RDWR)
     try:
-        with Program(["-c", SERVER, str(path)]) as program:
+        with Program(["-c", SERVER, str(path), options]) as program:
             yield Held(program, gate)
             program.signal(signal.SIGTERM)
             assert program.wait() == 0, program.stderr
@@ -106,6 +109,7 @@ def test_a_body_is_parsed_as_it_arrives_and_refused(held):
             assert client.answer().status == 400
 
 
+@pytest.mark.parametrize("held", [{"header_timeout": 1}], indirect=True, ids=str)
 def test_a_head_that_stalls_is_answered_408(held):
     with held.gil(), held.client() as client:
         client.send(b"GET / HTTP/1.1\r\n")
@@ -113,6 +117,7 @@ def test_a_head_that_stalls_is_answered_408(held):
         assert (answer.status, answer.closes, client.rest()) == (408, True, b"")
 
 
+@pytest.mark.parametrize("held", [{"idle_timeout": 1}], indirect=True, ids=str)
 def test_a_kept_connection_is_closed_when_its_time_is_up(held):
     with held.client() as client:
         client.ask()
