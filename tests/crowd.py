@@ -7,6 +7,9 @@ to say, as is what a kept connection suffers when its worker is killed.
 A Crowd is a closed loop: a client asks again when it has its answer. A Stream is an
 open one: it asks when its time has come, whether or not others still wait, so a pause
 of the server is seen in full.
+
+What a worker's death explains is told without a clock's help: a connection that was
+well before the worker was gone, and in trouble after it was killed.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+from programs import kill, repeats
 
 LATE = 3.0  # seconds after which an answer does not count as one
 PROMISED = 0.8  # seconds between two requests of a kept connection, at most
@@ -27,8 +33,26 @@ class Trouble:
 
     kind: str  # "refused", "reset", "cut", "late", "wrong"
     when: float  # time.monotonic()
+    well: float  # when the connection was begun, or asked what it still answered
     kept: bool  # on a connection that had served before
     detail: str = ""
+
+
+@dataclass
+class Death:
+    """A worker that was killed."""
+
+    killed: float  # time.monotonic()
+    gone: float  # by then all its connections were closed
+
+    @classmethod
+    async def of(cls, pid: int) -> Death:
+        killed = time.monotonic()
+        await asyncio.get_running_loop().run_in_executor(None, kill, pid)
+        return cls(killed, time.monotonic())
+
+    def explains(self, trouble: Trouble) -> bool:
+        return self.killed <= trouble.when and trouble.well <= self.gone
 
 
 @dataclass
@@ -43,6 +67,7 @@ class Crowd:
     tls: ssl.SSLContext | None = None  # whom it trusts; None: plain
     answers: int = 0
     slowest: float = 0.0
+    repeated: int = 0  # handshakes of TCP that were lost, and came again a second later
     troubles: list[Trouble] = field(default_factory=list)
     stopping: bool = False
 
@@ -57,9 +82,13 @@ class Crowd:
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         name = None if self.tls is None else "localhost"
-        return await asyncio.open_connection(
+        reader, writer = await asyncio.open_connection(
             self.host, self.port, ssl=self.tls, server_hostname=name
         )
+        sock = writer.get_extra_info("socket")
+        if sock.fileno() >= 0:  # else it is lost already
+            self.repeated += repeats(sock)
+        return reader, writer
 
     async def _leave(self, writer: asyncio.StreamWriter) -> None:
         """Close; over TLS that takes two, and asyncio leaves the socket until then."""
@@ -71,22 +100,24 @@ class Crowd:
     async def _client(self, keep: bool, number: int) -> None:
         turn = number
         while not self.stopping:
+            well = time.monotonic()
             try:
                 reader, writer = await asyncio.wait_for(self._connect(), LATE)
             except (ConnectionRefusedError, asyncio.TimeoutError):
-                self._met("refused", False)
+                self._met("refused", well, False)
                 return
             except ConnectionError as error:
-                self._met("reset", False, f"connect: {error}")
+                self._met("reset", well, False, f"connect: {error}")
                 continue
             served = 0
             try:
                 while not self.stopping:
                     path = self.paths[turn % len(self.paths)]
                     turn += 1
-                    if not await self._ask(reader, writer, path, keep, served):
+                    asked = time.monotonic()
+                    if not await self._ask(reader, writer, path, keep, served, well):
                         break
-                    served += 1
+                    served, well = served + 1, asked
                     if not keep:
                         break
             finally:
@@ -100,6 +131,7 @@ class Crowd:
         path: str,
         keep: bool,
         served: int,
+        well: float,
     ) -> bool:
         """One request; whether the connection can carry another."""
         if reader.at_eof():
@@ -114,23 +146,27 @@ class Crowd:
             body = reader.readexactly(int(length.partition(b":")[2]))
             await asyncio.wait_for(body, LATE)
         except asyncio.TimeoutError:
-            return self._met("late", served > 0)
+            return self._met("late", well, served > 0)
         except asyncio.IncompleteReadError as error:
-            return self._met("cut", served > 0, repr(error.partial[:40]))
+            return self._met("cut", well, served > 0, repr(error.partial[:40]))
         except ConnectionError as error:
-            return self._met("reset", served > 0, str(error))
+            return self._met("reset", well, served > 0, str(error))
         self.slowest = max(self.slowest, time.monotonic() - start)
         if not head.startswith(b"HTTP/1.1 200 "):
-            return self._met("wrong", served > 0, repr(head[:40]))
+            return self._met("wrong", well, served > 0, repr(head[:40]))
         self.answers += 1
         return b"connection: close" not in fields
 
-    def _met(self, kind: str, kept: bool, detail: str = "") -> bool:
-        self.troubles.append(Trouble(kind, time.monotonic(), kept, detail))
+    def _met(self, kind: str, well: float, kept: bool, detail: str = "") -> bool:
+        self.troubles.append(Trouble(kind, time.monotonic(), well, kept, detail))
         return False
 
     def count(self, *kinds: str) -> int:
         return sum(trouble.kind in kinds for trouble in self.troubles)
+
+    def unexplained(self, deaths: Iterable[Death]) -> list[Trouble]:
+        """The troubles of which no death is the cause."""
+        return [t for t in self.troubles if not any(d.explains(t) for d in deaths)]
 
 
 @dataclass
@@ -169,9 +205,10 @@ class Stream(Crowd):
             await asyncio.sleep(max(0.0, due - time.monotonic()))
 
     async def _once(self) -> None:
+        well = time.monotonic()
         opened = await self._open()
         if opened is not None:
-            await self._ask(*opened, "/", False, 0)
+            await self._ask(*opened, "/", False, 0, well)
             await self._leave(opened[1])
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
@@ -179,11 +216,11 @@ class Stream(Crowd):
         try:
             return await asyncio.wait_for(self._connect(), LATE)
         except ConnectionRefusedError:
-            self._met("refused", False)
+            self._met("refused", start, False)
         except asyncio.TimeoutError:
-            self._met("late", False, "connect")
+            self._met("late", start, False, "connect")
         except ConnectionError as error:
-            self._met("reset", False, f"connect: {error}")
+            self._met("reset", start, False, f"connect: {error}")
         finally:
             self.slowest = max(self.slowest, time.monotonic() - start)
         return None
@@ -192,6 +229,7 @@ class Stream(Crowd):
         await asyncio.sleep(delay)
         due = time.monotonic()
         while not self.stopping:
+            well = time.monotonic()
             opened = await self._open()
             if opened is None:
                 await asyncio.sleep(self.pause)
@@ -204,11 +242,11 @@ class Stream(Crowd):
                     self.overslept += 1
                     break
                 if reader.at_eof():
-                    self._met("reset", True, "closed without notice")
+                    self._met("reset", well, True, "closed without notice")
                     break
-                if not await self._ask(reader, writer, "/", True, served):
+                if not await self._ask(reader, writer, "/", True, served, well):
                     break
-                served, before = served + 1, now
+                served, before, well = served + 1, now, now
                 due = max(due + self.pause, time.monotonic())
                 await asyncio.sleep(due - time.monotonic())
             await self._leave(writer)

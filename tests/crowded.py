@@ -65,6 +65,7 @@ def under_load(
         if not program.events("returned"):
             program.signal(signal.SIGTERM)
         assert program.wait() == 0
+        assert "grace period over" not in program.stderr
     return crowd
 
 

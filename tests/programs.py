@@ -12,6 +12,7 @@ import queue
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -194,6 +195,12 @@ def connect(address: str) -> socket.socket:
         return sock
     host, _, port = address.rpartition(":")
     return socket.create_connection((host.strip("[]"), int(port)), timeout=SOON)
+
+
+def repeats(sock: socket.socket) -> int:
+    """How often TCP had to say something again; behind connect(): its handshake."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("I", info, 100)[0])  # tcpi_total_retrans
 
 
 def read_all(sock: socket.socket) -> bytes:

@@ -1840,7 +1840,7 @@ def test_a_startup_that_fails_is_a_boot_failure(run, line, text):
 
 
 def test_the_grace_period_has_time_for_the_apps_shutdown(run):
-    program, address = run(APP, "--workers", "1", "--shutdown-grace-period", "1")
+    program, address = run(APP, "--workers", "1", "--shutdown-grace-period", "4")
     program.until("startup")
     asker = threading.Thread(target=ask, args=[address, CLOSE % b"/hang"])
     asker.start()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from authority import Authority
-from crowd import Crowd, Stream
+from crowd import Crowd, Death, Stream
 from crowded import RATE, SECONDS, SOCKETS, TLS_RATE, in_thread, under_load, went_on
 from programs import Program
 
@@ -40,25 +40,21 @@ def open_fds(pid: int) -> int:
 
 
 class Killer:
-    """Kills workers, and writes down when."""
+    """Kills workers, and writes down what died with them."""
 
     def __init__(self) -> None:
-        self.kills: list[float] = []
+        self.deaths: list[Death] = []
 
     async def kill(self, program: Program, pids: list[int]) -> None:
         """One of the workers; awaits who takes its place."""
-        victim = pids.pop(0)
-        self.kills.append(time.monotonic())
-        os.kill(victim, signal.SIGKILL)
+        self.deaths.append(await Death.of(pids.pop(0)))
         pids.append(int((await in_thread(program.until, "new"))[0]))
 
-    def took_only_its_own(self, crowd: Crowd, within: float) -> None:
-        """What the crowd met it met at once, on connections that the dead had."""
+    def took_only_its_own(self, crowd: Crowd) -> None:
+        """What the crowd met it met on connections that the dead had."""
         assert crowd.count("refused", "late", "wrong") == 0, crowd.troubles
-        for trouble in crowd.troubles:
-            kill = max(kill for kill in self.kills if kill <= trouble.when)
-            assert trouble.when - kill < within, (trouble, self.kills)
-        assert crowd.slowest < 1.0
+        assert crowd.unexplained(self.deaths) == [], self.deaths
+        assert crowd.repeated == 0
 
 
 @SOCKETS
@@ -77,27 +73,22 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(sockets):
 
     crowd = under_load(Crowd("127.0.0.1"), kill_a_worker_every_second, sockets)
     assert crowd.answers > 200
-    killer.took_only_its_own(crowd, 0.9)
-    assert len(crowd.troubles) <= len(killer.kills) * (crowd.new + crowd.kept)
+    killer.took_only_its_own(crowd)
+    assert len(crowd.troubles) <= len(killer.deaths) * (crowd.new + crowd.kept)
 
 
 def stop_under_load(stop: Callable[[Program], None], sockets: str, side: Side) -> None:
     """Stop the master while a crowd asks: it may be refused, but nothing else."""
-    took = 0.0
 
     async def scenario(program: Program, pids: list[int]) -> None:
-        nonlocal took
         await asyncio.sleep(1.0)
-        started = time.monotonic()
         stop(program)
         await in_thread(program.until, "returned")
-        took = time.monotonic() - started
 
     crowd = Crowd("127.0.0.1", paths=("/", "/", "/", "/slow"), tls=side.tls)
     under_load(crowd, scenario, sockets, **side.options)
     assert crowd.answers > 50
     assert [t for t in crowd.troubles if t.kind != "refused"] == []
-    assert took < 5.0
 
 
 @pytest.mark.contract("better: drain")
@@ -169,7 +160,7 @@ def stream_while(change, sockets: str, side: Side) -> Stream:
 def test_nobody_notices_planned_changes_of_workers(change, sockets):
     stream = stream_while(change, sockets, Side({}, None, RATE))
     went_on(stream)
-    assert stream.slowest < 1.0
+    assert stream.repeated == 0
 
 
 @pytest.mark.contract("better: slots")
@@ -184,4 +175,4 @@ def test_a_worker_killed_under_an_open_loop_takes_only_its_own_with_it(sockets, 
 
     stream = stream_while(kill_one, sockets, side)
     assert stream.answers > 0.2 * SECONDS * side.rate
-    killer.took_only_its_own(stream, stream.pause + 0.2)
+    killer.took_only_its_own(stream)

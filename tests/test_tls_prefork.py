@@ -533,7 +533,7 @@ def test_nobody_notices_a_rotation_under_load(
     async def rotate(program: Program, pids: list[int]) -> None:
         address = f"127.0.0.1:{stream.port}"
         began = time.monotonic()
-        while time.monotonic() - began < SECONDS:
+        while time.monotonic() - began < SECONDS or len(made) < 3:
             made.append(renewed(authority, issued).serial)
             if how == "hup":
                 program.signal(signal.SIGHUP)
@@ -544,7 +544,7 @@ def test_nobody_notices_a_rotation_under_load(
     stream = Stream("127.0.0.1", tls=trusting, rate=TLS_RATE)
     options = {**issued.options, "tls_watch": how == "watch"}
     under_load(stream, rotate, sockets, **options)
-    assert seen == made and len(seen) > 2
+    assert seen == made
     went_on(stream)
 
 
