@@ -219,13 +219,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    port = servers.free_port()
     command = [sys.executable, "-m", "prefork", f"leaks:{options.interface}"]
-    command += ["--bind", f"127.0.0.1:{port}", "--workers", "1"]
-    command += ["--log-level", "critical", "--threads", str(options.threads)]
+    command += ["--workers", "1", "--threads", str(options.threads)]
+    command += ["--log-level", "critical"]
     command += ["--app-dir", str(HERE / "apps"), "--interface", options.interface]
     act = {"wsgi": mixed, "asgi": aborting}[options.interface]
-    with servers.serving(command, port):
+    with servers.serving(command) as port:
         since = time.monotonic()
         clean = run(port, options.requests, act)
     seconds = time.monotonic() - since

@@ -393,13 +393,19 @@ def running(server: Server, site: Site, core: int) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def serving(command: list[str], port: int) -> Iterator[int]:
-    """A server of one's own: its pid, from its first answer on."""
+def serving(command: list[str]) -> Iterator[int]:
+    """A prefork of one's own: its port, from its first answer on.
+
+    It inherits the listener: a port that is only known to be free may be taken.
+    """
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stderr=errors, text=True)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port, fd = listener.getsockname()[1], listener.fileno()
+            command = [*command, "--bind", f"fd://{fd}"]
+            process = subprocess.Popen(command, stderr=errors, text=True, pass_fds=[fd])
         try:
             _wait_until_ready(process, port, errors)
-            yield process.pid
+            yield port
         finally:
             _stop(process)
 

@@ -86,14 +86,13 @@ def main() -> int:
     add("--threads", type=int, default=1)
     add("--most", type=float, default=100, help="MiB that the worker may grow by")
     options = parser.parse_args()
-    port = servers.free_port()
     command = [sys.executable, "-m", "prefork", f"uploads:{options.interface}"]
-    command += ["--bind", f"127.0.0.1:{port}", "--workers", "1"]
-    command += ["--threads", str(options.threads), "--app-dir", str(HERE / "apps")]
+    command += ["--workers", "1", "--threads", str(options.threads)]
+    command += ["--app-dir", str(HERE / "apps")]
     command += ["--interface", options.interface]
     if options.interface == "native":
         command.append("--stream-request-body")
-    with servers.serving(command, port):
+    with servers.serving(command) as port:
         wrong, grew, seconds = run(port, options.clients, options.size)
     print(
         f"{options.interface}, threads {options.threads}: {options.clients} x "
