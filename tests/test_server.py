@@ -796,12 +796,13 @@ def test_in_a_stop_one_more_request_is_answered_and_the_connection_closed(serve)
 
 @pytest.mark.contract("option: close_on_shutdown")
 def test_close_on_shutdown_may_be_left_out(serve):
-    live = serve(hello, drain_idle=0.2, close_on_shutdown=False)
+    live = serve(hello, drain_idle=60, close_on_shutdown=False)
     client = live.client()
     client.ask()
     live.server.shutdown()
     live.run(lambda: None)
     assert not client.ask().closes
+    live.server.shutdown()
     assert client.rest() == b"" and live.ended() is None
 
 

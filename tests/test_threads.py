@@ -10,7 +10,9 @@ import contextvars
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import h11
@@ -865,12 +867,18 @@ def test_after_handlers_that_blocked_fast_ones_share_a_thread_again(serve, inter
     crowd.go.set()
     for client in clients:
         client.answer()
-    with live.client() as fast:
+
+    def changes() -> int:
+        """How often the lead changes among a hundred, at the end of many."""
         fast.send(GET * 500)  # one batch after the other, in whoever leads
-        bodies = [fast.answer().body for _ in range(500)]
-    assert bodies == [b"hi"] * 500
-    changes = sum(a != b for a, b in zip(threads[-100:], threads[-99:], strict=False))
-    assert changes <= 5
+        assert [fast.answer().body for _ in range(500)] == [b"hi"] * 500
+        last = threads[-100:]
+        return sum(a != b for a, b in pairwise(last))
+
+    with live.client() as fast:
+        deadline = time.monotonic() + SOON
+        while changes() > 5:  # a busy machine may stall one that is fast
+            assert time.monotonic() < deadline
 
 
 def test_a_crew_leaves_no_thread_behind(serve, interface):
