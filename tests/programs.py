@@ -36,7 +36,8 @@ class Lines:
     def __init__(self, stream: IO[str]) -> None:
         self.told: list[str] = []
         self._coming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, args=[stream], daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=[stream], daemon=True)
+        self._reader.start()
 
     def _read(self, stream: IO[str]) -> None:
         with stream:
@@ -52,6 +53,10 @@ class Lines:
         else:
             self._coming.put(None)
         return line
+
+    def close(self) -> None:
+        """Nobody writes any more: the stream is closed when this returns."""
+        self._reader.join(SOON)
 
 
 class Program:
@@ -147,6 +152,8 @@ class Program:
         for pid in members(self.pid):
             os.kill(pid, signal.SIGKILL)
         self.process.wait(SOON)
+        self._out.close()
+        self._log.close()
         if error[0] is None:
             assert left == [], "processes are left behind"
 

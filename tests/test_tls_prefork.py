@@ -12,7 +12,7 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -666,7 +666,11 @@ def test_the_watch_is_the_master_s_alone(run, issued, way):
 
 def files_of(pid: int) -> str:
     """What the descriptors of a process are."""
-    return " ".join(str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it is closed
+            found.append(str(fd.readlink()))
+    return " ".join(found)
 
 
 # ---- Tickets -------------------------------------------------------------------------
