@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from prefork import Prefork, Server, errors, is_child
 
@@ -29,6 +30,7 @@ __all__ = [
     "listening",
     "multiprocessing",
     "os",
+    "pause",
     "run",
     "say",
     "select",
@@ -94,6 +96,15 @@ class Drainer:
         for sock in sockets:
             while answer(sock):
                 pass
+
+
+def pause() -> NoReturn:
+    """Wait until a signal's handler raises, even if the signal comes just before."""
+    wake, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(end)
+    while True:
+        select.select([wake], [], [])
+        os.read(wake, 512)
 
 
 def listening() -> int:

@@ -312,7 +312,7 @@ def test_a_stop_while_programs_start_is_orderly(start, number):
     program = start("""
         if is_child():
             say("begins")
-            threading.Event().wait()
+            pause()
         run(workers=2, spawn="exec", shutdown_grace_period=3600)
     """)
     program.until("begins")
