@@ -10,11 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import SOON, Program, ask, connect, ending, kill, read_all
+from programs import SOON, Program, ask, connect, ending, kill, read_all, repeats
 from runs import HALF, REST, WAYS, finish, ready, stop, who
 
 from prefork import Prefork
 from prefork.errors import ConfigError
+
+HERE = str(Path(__file__).parent)
 
 # A program whose workers answer with the text that was in a file when it was loaded.
 LOADED = """
@@ -193,7 +195,7 @@ def test_a_stop_in_the_middle_of_a_reload_is_orderly(start, mode):
             def boot(self):
                 if again:
                     say("boots")
-                    signal.pause()
+                    pause()
         again = is_child()
         run(server=Slow(), workers=2, shutdown_grace_period=3600, {mode})
     """)
@@ -207,7 +209,7 @@ def test_a_stop_while_the_program_is_loaded_again_is_orderly(start):
     program = start("""
         if is_child():
             say("loads")
-            threading.Event().wait()
+            pause()
         run(workers=2, shutdown_grace_period=0.5)
     """)
     ready(program)
@@ -264,8 +266,11 @@ def test_a_template_that_dies_is_followed_by_another(loaded, tmp_path):
 
 def test_a_template_that_hangs_is_killed_and_followed_by_another(start):
     program = start("""
-        sys.modules["prefork.spawn"].ANSWER_TIME = 0.1
-        run(workers=1, recover_threshold=9)
+        def on_child_spawn(pid):
+            say("spawn", pid)
+            sys.modules["prefork.spawn"].ANSWER_TIME = next(times, 20)
+        times = iter([20, 0.1])  # behind the template's first worker
+        run(workers=1, recover_threshold=9, on_child_spawn=on_child_spawn)
     """)
     _, (old,) = ready(program)
     program.signal(signal.SIGHUP)
@@ -366,12 +371,11 @@ def test_an_old_worker_that_does_not_leave_is_killed_after_the_grace_period(star
 
 def test_a_program_that_cannot_be_run_again_says_so(start, tmp_path):
     script = "from masters import *\nrun(workers=1)\n"
-    here = str(Path(__file__).parent)
     path = tmp_path / "script"
     path.write_text(script)
     line = f"import sys, os; os.dup2(os.open({str(path)!r}, 0), 0);"
     line += " os.execv(sys.executable, [sys.executable, '-'])"
-    with Program(["-c", line], env={"PYTHONPATH": here}) as program:
+    with Program(["-c", line], env={"PYTHONPATH": HERE}) as program:
         ready(program)
         program.signal(signal.SIGHUP)
         assert "reload failed" in (line := program.until_logged("cannot be run again"))
@@ -434,9 +438,8 @@ def test_a_connection_after_ttou_waits_for_nobody_who_leaves(start):
         busy.add(int(program.until("begun")[0]))
     program.signal(signal.SIGTTOU)
     program.until("asked")  # by then nobody new is sent there
-    began = time.monotonic()
     late = [connect(address) for _ in range(40)]
-    assert time.monotonic() - began < 0.9  # no handshake had to be repeated
+    assert [repeats(sock) for sock in late] == [0] * 40
     for sock in [*held, *late]:
         sock.sendall(HALF + REST if sock in late else REST)
     for sock in [*held, *late]:
@@ -498,11 +501,20 @@ def test_scaling_again_and_again_leaves_nothing_behind(start, mode):
     stop(program)
 
 
-def test_reload_and_scaling_at_once_end_as_asked(start, mode):
-    program = start(f"run(workers=2, {mode})")
+def test_reload_and_scaling_at_once_end_as_asked(start, mode, tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    program = start(f"""
+        if is_child():
+            open({str(gate)!r}).read()
+        run(workers=2, {mode})
+    """)
     address, pids = ready(program)
     program.signal(signal.SIGHUP)
+    program.until_logged("reloading")
     program.signal(signal.SIGTTIN)
+    program.until_logged("scaling from 2 to 3 workers")
+    gate.write_text("go on")
     program.until_logged("reloaded 3 workers")
     assert who(address) not in pids
     stop(program)
@@ -587,18 +599,25 @@ def test_nothing_is_asked_of_a_prefork_that_does_not_run():
 
 SERVER = """
 import os, sys
+from masters import say
 from prefork import Prefork, Server
 
 def app(request):
     return str(os.getpid())
 
-def ready(pids):
-    print("ready", "%s:%d" % prefork.address, *pids, flush=True)
+class Telling(Server):
+    def _drain(self, *args):
+        super()._drain(*args)
+        say("drains")
 
-prefork = Prefork(Server(app), workers=1, on_master_ready=ready, recover_threshold=0,
-    on_child_recover=lambda old, new: print("recover", old, new, flush=True))
+def ready(pids):
+    say("ready", "%s:%d" % prefork.address, *pids)
+
+prefork = Prefork(Telling(app, drain_idle=60), workers=1, on_master_ready=ready,
+    recover_threshold=0, shutdown_grace_period=60,
+    on_child_recover=lambda old, new: say("recover", old, new))
 prefork.listen_and_serve("127.0.0.1:0")
-print("returned", flush=True)
+say("returned")
 """
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -606,19 +625,17 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 @pytest.mark.contract("better: drain")
 def test_while_a_worker_drains_another_one_has_taken_its_place():
-    with Program(["-c", SERVER]) as program:
+    with Program(["-c", SERVER], {"PYTHONPATH": HERE}) as program:
         address, pid = program.until("ready")
         with connect(address) as kept:
             kept.sendall(GET)
             assert kept.recv(65536).endswith(pid.encode())
-            began = time.monotonic()
             os.kill(int(pid), signal.SIGTERM)
             assert program.until("recover")[0] == pid
             close = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
             assert not ask(address, close).endswith(pid.encode())
-            kept.sendall(GET)  # it is idle, and has its second
+            kept.sendall(GET)  # it is idle, and has its time
             answer = read_all(kept)
-            assert time.monotonic() - began < 1.0
             assert b"\r\nConnection: close\r\n" in answer
             assert answer.endswith(pid.encode())
         program.signal(signal.SIGTERM)
@@ -627,14 +644,15 @@ def test_while_a_worker_drains_another_one_has_taken_its_place():
 
 @pytest.mark.contract("better: drain")
 def test_term_to_the_whole_group_does_not_cut_the_idle_short():
-    with Program(["-c", SERVER]) as program:
+    with Program(["-c", SERVER], {"PYTHONPATH": HERE}) as program:
         address, pid = program.until("ready")
         with connect(address) as kept:
             kept.sendall(GET)
             kept.recv(65536)
             program.signal_group(signal.SIGTERM)
-            program.until_logged("SIGTERM: stopping")
+            program.until("drains")
             os.kill(int(pid), signal.SIGTERM)  # and once more
+            program.until("drains")
             kept.sendall(GET)
             assert read_all(kept).endswith(pid.encode())
         assert program.wait() == 0
