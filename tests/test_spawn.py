@@ -321,6 +321,24 @@ def test_a_stop_while_programs_start_is_orderly(start, number):
     assert program.events("returned")
 
 
+@pytest.mark.parametrize("then", ["pause()", "pass"], ids=["boots on", "serves"])
+@pytest.mark.parametrize("spawn", ["fork", "exec"])
+def test_a_stop_that_an_import_swallows_is_told_again(start, spawn, then):
+    program = start(f"""
+        class Deaf(Drainer):
+            def boot(self):
+                try:
+                    say("boots")
+                    pause()
+                except SystemExit:
+                    pass  # as a weak reference's callback does
+                {then}
+        run(server=Deaf(), workers=1, spawn={spawn!r}, shutdown_grace_period=3600)
+    """)
+    program.until("boots")
+    stop(program)
+
+
 def test_ctrl_c_is_one_orderly_stop_of_executed_workers_too(start, executed):
     program = start(f"run({executed})")
     address, _ = ready(program)

@@ -62,6 +62,7 @@ RUNNING = (State.STARTING, State.SERVING)
 ROWS = 4 * 4096  # of the scoreboard: sparse, those never claimed take no memory
 RETRY = 1.0  # seconds after which a worker that could not be started is tried again
 STRANGERS_WAIT = 1.0  # seconds in which whoever started a child may reap it
+INSIST = 1.0  # seconds after which who booted when it was told to leave is told again
 
 
 def _spawn_error(error: OSError) -> SpawnError:
@@ -103,6 +104,8 @@ class Master:
         self.news: deque[tuple[int, int, int]] = deque()  # outlives what one raises
         self.recovery = Recovery()
         self.deadline: float | None = None  # of a stop
+        self.unsure: list[Life] = []  # who may not have understood that it is one
+        self.insist_at: float | None = None  # when they are told again
         self.reap_at: float | None = None  # when strangers are reaped
         self.reload: Reload | None = None
         self.renewal: Renewal | None = None  # of our own server's TLS
@@ -234,7 +237,7 @@ class Master:
             dues += [slot.due for slot in self.slots]
             dues += self.renewal.dues() if self.renewal is not None else ()
         elif self.state is State.STOPPING:
-            dues.append(self.deadline)
+            dues += [self.deadline, self.insist_at]
         known = [due for due in dues if due is not None]
         return max(0.0, min(known) - time.monotonic()) if known else None
 
@@ -792,15 +795,39 @@ class Master:
             life.kill_at = None
             if life.slot is None:
                 life.source.close()
+        self.unsure = [life for life in self.lives.values() if life.ready_at is None]
         self._tell(signal.SIGTERM)
-        self.deadline = time.monotonic() + self.config.shutdown_grace_period
+        now = time.monotonic()
+        self.deadline = now + self.config.shutdown_grace_period
+        self.insist_at = now + INSIST if self.unsure else None
         while self.lives:
-            if self.state is State.STOPPING and time.monotonic() >= self.deadline:
-                count = len(self.lives)
-                self.logger.warning("grace period over, killing %d workers", count)
-                self._kill()
+            if self.state is State.STOPPING:
+                self._hurry(time.monotonic())
             self._turn()
         self.logger.info("stopped")
+
+    def _hurry(self, now: float) -> None:
+        assert self.deadline is not None
+        if now >= self.deadline:
+            count = len(self.lives)
+            self.logger.warning("grace period over, killing %d workers", count)
+            self._kill()
+        elif self.insist_at is not None and now >= self.insist_at:
+            self._insist(now)
+
+    def _insist(self, now: float) -> None:
+        """Tell those again who booted; who has come to serve, once more and not again.
+
+        Where a worker boots, SIGTERM is an exception, which may have come to nothing:
+        Python ignores those in finalizers and in callbacks of weak references, of which
+        its imports have some.
+        """
+        self.unsure = [life for life in self.unsure if life.pid in self.lives]
+        for life in self.unsure:
+            with contextlib.suppress(ProcessLookupError):
+                self.processes.kill(life.pid, signal.SIGTERM)
+        self.unsure = [life for life in self.unsure if not life.has_accepted]
+        self.insist_at = now + INSIST if self.unsure else None
 
     def _kill(self) -> None:
         self._become(State.KILLING)

@@ -75,6 +75,11 @@ class Life:
         return self.text.startswith(worker.READY)
 
     @property
+    def has_accepted(self) -> bool:
+        """The same, also of one that said before that it leaves, and did not."""
+        return self.failure is None and worker.READY in self.text
+
+    @property
     def options(self) -> str:
         """What a template has to say."""
         return self.text[1:].decode()
