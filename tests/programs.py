@@ -24,6 +24,9 @@ from typing import IO
 
 SOON = 20.0  # seconds until we give up waiting for what must happen
 
+# A sanitizer surrounds what is allocated, and keeps for a while what was freed.
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+
 
 def without_sanitizers() -> dict[str, str]:
     """The environment of a program that is not ours: no sanitizer is loaded into it."""

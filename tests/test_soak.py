@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import SANITIZED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-# A sanitizer keeps what was freed, for a while.
-MOST = "1000" if "asan" in os.environ.get("LD_PRELOAD", "") else "50"
+MOST = "1000" if SANITIZED else "50"
 
 
 def run(program: str, *arguments: str) -> str:
