@@ -1582,11 +1582,12 @@ def test_a_stop_waits_for_what_apps_do_behind_their_answers(asgi):
 
 
 def test_a_second_shutdown_cancels_what_still_runs(asgi):
+    begun: Queue[None] = Queue()
     seen: Queue[Any] = Queue()
 
     async def app(scope, receive, send):
-        await receive()
         try:
+            begun.put(None)
             await asyncio.sleep(60)
         except asyncio.CancelledError as error:
             seen.put(error)
@@ -1595,7 +1596,7 @@ def test_a_second_shutdown_cancels_what_still_runs(asgi):
     live = asgi(app)
     client = live.client()
     client.send(GET)
-    live.until(lambda stats: stats["lent"] == 1)
+    begun.get(timeout=SOON)
     live.server.shutdown()
     live.server.shutdown()
     assert isinstance(seen.get(timeout=SOON), asyncio.CancelledError)
