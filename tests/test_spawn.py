@@ -558,24 +558,29 @@ def test_a_foreign_server_is_preforked_in_three_lines(name):
     arguments = [str(EXAMPLES / "foreign.py"), name, "127.0.0.1:0"]
     with Program(arguments) as program:
         address = re.search(r"127\.0\.0\.1:\d+", program.until_logged("serving on"))[0]
-        close = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-        seen = set()
-        deadline = time.monotonic() + SOON
-        while len(seen) < 2 and time.monotonic() < deadline:
-            answer = ask(address, close)
-            assert f"served by {name}\n".encode() in answer
-            seen.add(int(re.search(rb"(?i)worker: (\d+)", answer)[1]))
-        assert len(seen) == 2
-        kill(seen.pop())
-        assert b" 200 OK" in ask(address, close)
+        old = both(address, name)
+        kill(old.pop())
+        old |= both(address, name)
         program.signal(signal.SIGHUP)
         program.until_logged("reloaded 2 workers")
-        assert b" 200 OK" in ask(address, close)
+        assert not both(address, name) & old
         program.signal(signal.SIGTERM)
         assert program.wait() == 0, program.stderr
         assert (
             "Traceback" not in program.stderr and "does not leave" not in program.stderr
         )
+
+
+def both(address: str, name: str) -> set[int]:
+    """Ask until two workers have answered: by then each of them serves."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + SOON
+    while len(seen) < 2:
+        assert time.monotonic() < deadline, seen
+        answer = ask(address, CLOSE)
+        assert b" 200 OK" in answer and f"served by {name}\n".encode() in answer
+        seen.add(int(re.search(rb"(?i)worker: (\d+)", answer)[1]))
+    return seen
 
 
 # ---- Where the app is loaded ---------------------------------------------------------
