@@ -73,13 +73,13 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 async def read(receive: Any) -> bytes:
     """The whole body."""
-    data = b""
+    parts = []
     while True:
         message = await receive()
         assert message["type"] == "http.request"
-        data += message["body"]
+        parts.append(message["body"])
         if not message["more_body"]:
-            return data
+            return b"".join(parts)
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:

@@ -66,7 +66,7 @@ class Raw:
     def __init__(self, client: Client, *lines: str) -> None:
         self.client = client
         client.send(get("/", *HANDSHAKE, *lines))
-        self.data = b""
+        self.data = bytearray()
         while b"\r\n\r\n" not in self.data:
             self.more()
         self.head, _, self.data = self.data.partition(b"\r\n\r\n")
@@ -79,7 +79,8 @@ class Raw:
     def take(self, size: int) -> bytes:
         while len(self.data) < size:
             self.more()
-        part, self.data = self.data[:size], self.data[size:]
+        part = bytes(self.data[:size])
+        del self.data[:size]
         return part
 
     def frame(self) -> tuple[int, bytes]:
