@@ -92,16 +92,25 @@ sleep_on(sleeper *self, long ns)
     return rc == 0 || errno != ETIMEDOUT;
 }
 
-/* Under the lock. The sleeper may have seen it, and be gone, before it is woken: waking
- * nobody at an address does no harm. */
-static void
+/* Under the lock. Returns whom to wake(), or NULL. */
+static atomic_int *
 tell(sleeper *it, int what)
 {
     int told = atomic_load(&it->told);
     if (told > 0 || (told < 0 && what < 0))
-        return;
+        return NULL;
     atomic_store(&it->told, what);
-    syscall(SYS_futex, &it->told, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    return &it->told;
+}
+
+/* Without the lock, for who wakes up may run at once and want it. The sleeper may have
+ * seen what it was told, and be gone, before: waking nobody at an address does no harm.
+ */
+static void
+wake(atomic_int *told)
+{
+    if (told != NULL)
+        syscall(SYS_futex, told, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 /* ---- standing by --------------------------------------------------------------------*/
@@ -187,13 +196,15 @@ watch(pf_crew *crew, sleeper *self)
 static int
 end_watch(pf_crew *crew, sleeper *self, int reason)
 {
+    atomic_int *next = NULL;
     pthread_mutex_lock(&crew->lock);
     crew->watcher = pop(crew);
     if (crew->watcher != NULL) {
         crew->watcher->watches = true;
-        tell(crew->watcher, TO_WATCH);
+        next = tell(crew->watcher, TO_WATCH);
     }
     pthread_mutex_unlock(&crew->lock);
+    wake(next);
     int told = atomic_load(&self->told); /* perhaps since: but it is the last */
     return told > 0 ? told : reason;
 }
@@ -231,10 +242,12 @@ pf_crew_wait(pf_crew *crew, unsigned long name)
 static void
 wake_watcher(pf_crew *crew)
 {
+    atomic_int *watcher = NULL;
     pthread_mutex_lock(&crew->lock);
     if (crew->watcher != NULL)
-        tell(crew->watcher, TO_LOOK);
+        watcher = tell(crew->watcher, TO_LOOK);
     pthread_mutex_unlock(&crew->lock);
+    wake(watcher);
 }
 
 void
@@ -258,6 +271,7 @@ pf_crew_end(pf_crew *crew)
 static bool
 wake_one(pf_crew *crew, int what, unsigned long *name)
 {
+    atomic_int *told = NULL;
     *name = 0;
     pthread_mutex_lock(&crew->lock);
     atomic_store(&crew->calm, 0);
@@ -266,9 +280,10 @@ wake_one(pf_crew *crew, int what, unsigned long *name)
         chosen = crew->watcher;
     if (chosen != NULL && atomic_load(&chosen->told) <= 0) {
         *name = chosen->name;
-        tell(chosen, what);
+        told = tell(chosen, what);
     }
     pthread_mutex_unlock(&crew->lock);
+    wake(told);
     return chosen != NULL;
 }
 
@@ -294,8 +309,8 @@ pf_crew_close(pf_crew *crew)
     crew->closed = true;
     sleeper *each;
     while ((each = pop(crew)) != NULL)
-        tell(each, PF_CREW_CLOSED);
+        wake(tell(each, PF_CREW_CLOSED));
     if (crew->watcher != NULL)
-        tell(crew->watcher, PF_CREW_CLOSED);
+        wake(tell(crew->watcher, PF_CREW_CLOSED));
     pthread_mutex_unlock(&crew->lock);
 }

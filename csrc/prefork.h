@@ -595,6 +595,9 @@ void pf_loop_share(pf_loop *loop); /* from now on it can be borrowed; before its
 bool pf_loop_borrow(pf_loop *loop); /* any thread: if its own thread sleeps in
       pf_loop_wait() the loop belongs to the caller until pf_loop_return(), and who wakes
       meanwhile waits for that. false: its thread is at work, or it is borrowed */
+bool pf_loop_poll(pf_loop *loop, pf_event *event); /* who has borrowed it: sends what is
+      queued, then looks, without waiting, whether a request has come, and takes it if it
+      is whole: the caller may answer it as any other thread does */
 void pf_loop_return(pf_loop *loop); /* sends what is queued, and wakes the loop's thread
                                        if there is something for it to do or to tell */
 int pf_loop_fileno(pf_loop *loop); /* an fd that is readable when pf_loop_wait(.., 0)

@@ -846,6 +846,66 @@ def test_handlers_that_block_run_in_threads_of_their_own(serve, interface):
     assert len(set(threads)) == THREADS
 
 
+@pytest.mark.parametrize("where", ["part", "close"])
+def test_who_streams_or_closes_for_long_keeps_no_other_request_waiting(serve, where):
+    """Where handlers block, a thread that is done takes another request at once."""
+    crowd, closing = Crowd(1), threading.Event()
+
+    class Stream(Iterator[bytes]):
+        left = [b"a", b"b"]
+
+        def __next__(self) -> bytes:
+            if self.left == [b"b"] and where == "part":
+                crowd.wait()
+            live.run(threading.get_ident)  # somebody else leads
+            if not self.left:
+                raise StopIteration
+            return self.left.pop(0)
+
+        def close(self) -> None:
+            if where == "close":
+                crowd.wait()
+            closing.set()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", [PLAIN])
+        if environ["PATH_INFO"] == "/stream":
+            return Stream()
+        live.run(threading.get_ident)
+        return [b"hi"]
+
+    live = serve(app, threads=THREADS)
+    clients = [live.client() for _ in range(THREADS)]
+    streaming = live.client()
+    for client in clients:
+        client.ask()
+    streaming.send(get("/stream"))
+    for _ in range(5):
+        for client in clients:
+            client.send(GET * 4)
+        for client in clients:
+            assert [client.answer().body for _ in range(4)] == [b"hi"] * 4
+    crowd.all_in.wait(SOON)
+    assert [client.ask().body for client in clients] == [b"hi"] * THREADS
+    crowd.go.set()
+    assert streaming.answer().body == b"ab"
+    assert closing.wait(SOON)
+
+
+def test_threads_of_a_crew_do_not_press_forward(serve, interface):
+    """Who is woken waits until who runs has paused: SCHED_BATCH, sched(7)."""
+    seen = []
+    live = serve(app_of(interface, lambda: seen.append(os.sched_getscheduler(0))))
+    live.ask(get("/slow"))
+    live.stop()
+    live = serve(
+        app_of(interface, lambda: seen.append(os.sched_getscheduler(0))), threads=2
+    )
+    live.ask(get("/slow"))
+    live.stop()
+    assert seen == [os.SCHED_OTHER, os.SCHED_BATCH]
+
+
 def test_after_handlers_that_blocked_fast_ones_share_a_thread_again(serve, interface):
     crowd, threads = Crowd(THREADS), []
 

@@ -300,6 +300,7 @@ cdef extern from "prefork.h" nogil:
     int pf_loop_wake(pf_loop *loop)
     void pf_loop_share(pf_loop *loop)
     bint pf_loop_borrow(pf_loop *loop)
+    bint pf_loop_poll(pf_loop *loop, pf_event *event)
     void pf_loop_return(pf_loop *loop)
     int pf_loop_fileno(pf_loop *loop)
     bint pf_loop_ready(const pf_loop *loop)
@@ -476,6 +477,7 @@ cdef class Loop:
     cdef object run_calls(self)
     cdef int share(self) except -1
     cdef bint borrow(self) noexcept
+    cdef bint poll(self, pf_event *event) noexcept
     cdef int give_back(self) except -1
     cdef int leave_word(self, function, tuple arguments) except -1
 

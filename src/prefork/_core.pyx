@@ -533,6 +533,10 @@ cdef class Loop:
         self.asleep = False
         return True
 
+    cdef bint poll(self, pf_event *event) noexcept:
+        """With the loop borrowed: whether a request has come; the caller takes it."""
+        return pf_loop_poll(self.handle, event)
+
     cdef int give_back(self) except -1:
         """What was queued is sent, and the loop's thread sleeps on or is woken."""
         cdef list put_off = self.put_off

@@ -107,6 +107,20 @@ cdef int last_words(object error) except? -1:
     return 1
 
 
+def be_patient():
+    """Have this thread, when it is woken, wait until who runs has paused (sched(7)).
+
+    Threads of a crew wake one another, and who wakes has what the other one is about to
+    want: the GIL, of which Python tells while it holds its lock. To run at once would
+    be to run into that, and to wait once more.
+    """
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        try:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        except OSError:
+            pass  # somebody forbids it: then it goes without
+
+
 cdef class Held:
     """An event that waits for its turn."""
 
@@ -534,6 +548,7 @@ cdef class Dispatcher:
     def work(self):
         """The life of one thread of the crew."""
         try:
+            be_patient()
             self.stand_and_lead()
         except BaseException as error:
             self.fatal = error
@@ -615,13 +630,43 @@ cdef class Dispatcher:
         asleep in the loop it is called here and now, which spares a wake-up, and two
         changes of the GIL's hands.
         """
+        self.deliver_here(function, arguments, False)
+
+    def deliver_last(self, function, *arguments):
+        """The same for the last that this thread does for its request."""
+        self.deliver_here(function, arguments, True)
+
+    cdef int deliver_here(self, function, tuple arguments, bint last) except -1:
         if not self.loop.borrow():
             self.post(function, *arguments)
-            return
+            return 0
         try:
             function(*arguments)
+            if last and self.loop.put_off is None:
+                self.take_another()
         except BaseException as error:
             self.fatal = error
             self.stop()
         finally:
             self.loop.give_back()
+        return 0
+
+    cdef int take_another(self) except -1:
+        """With the loop borrowed: where handlers block, a thread that is done looks for
+        its next request before it lies down.
+
+        That spares waking one thread to lead and another to work: what handlers that
+        block cost is the changes of threads.
+        """
+        cdef pf_event event
+        cdef Request request
+        if (self.eager == 0 or not self.simple or self.waiting
+                or not self.loop.poll(&event)):
+            return 0
+        request = self.make()
+        request.lend(self.loop, event.request)
+        request.hold()
+        request.detach()
+        request.handed_on = monotonic()
+        self.waiting.append(self.job(request))
+        return 0

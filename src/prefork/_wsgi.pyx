@@ -950,8 +950,11 @@ cdef class Answer:
         dispatcher.check_fork(error)
         self.parts = None
         if not dispatcher.leave(self.request):
-            dispatcher.deliver(self.end_now, body, error)
-            self.clean_up()
+            if self.closing is None and self.input is None:
+                dispatcher.deliver_last(self.end_now, body, error)
+            else:
+                dispatcher.deliver(self.end_now, body, error)
+                self.clean_up()
             return 0
         try:
             self.end_now(body, error)

@@ -119,6 +119,60 @@ the_request_behind_the_one_that_a_borrower_answers_wakes_the_sleeper(void)
     close_server();
 }
 
+static void *
+answer_both(void *request)
+{
+    pf_event event;
+    borrow();
+    answer(request, "x");
+    assert(pf_loop_poll(loop, &event) && event.flags == PF_EVENT_REQUEST);
+    assert(!pf_loop_poll(loop, &event));
+    answer(event.request, "x");
+    pf_loop_return(loop);
+    return NULL;
+}
+
+static void
+a_borrower_may_take_the_next_request_and_nobody_else_hears_of_it(void)
+{
+    open_server(0);
+    pf_loop_share(loop);
+    int peer = peer_saying(GET LAST);
+    pthread_t borrower = started(answer_both, next_request());
+    pf_event event;
+    while (!nobody_is_connected())
+        assert(pf_loop_wait(loop, &event, 1, 5) == 0);
+    pthread_join(borrower, NULL);
+    close(peer);
+    close_server();
+}
+
+static void *
+answer_and_wake(void *request)
+{
+    pf_event event;
+    borrow();
+    assert(pf_loop_wake(loop) == 0);
+    answer(request, "x");
+    assert(!pf_loop_poll(loop, &event));
+    pf_loop_return(loop);
+    return NULL;
+}
+
+static void
+what_a_borrower_comes_upon_but_may_not_take_is_the_sleepers(void)
+{
+    open_server(0);
+    pf_loop_share(loop);
+    int peer = peer_saying(GET);
+    pthread_t borrower = started(answer_and_wake, next_request());
+    expect_event(PF_EVENT_WOKEN, NULL);
+    pthread_join(borrower, NULL);
+    hear_blocking(peer);
+    close(peer);
+    close_server();
+}
+
 /* ---- many ---------------------------------------------------------------------------*/
 enum { PEERS = 4, ROUNDS = 300, THREADS = 3, QUEUE = 64 };
 
@@ -147,7 +201,8 @@ static atomic_bool over;
         pthread_mutex_unlock(&(queue).lock);                                           \
     } while (0)
 
-/* Takes requests, and answers those for which it can have the loop. */
+/* Takes requests, and answers those for which it can have the loop; then looks for
+ * another one. */
 static void *
 borrow_often(void *unused)
 {
@@ -158,7 +213,10 @@ borrow_often(void *unused)
         if (r == NULL) {
             sched_yield();
         } else if (pf_loop_borrow(loop)) {
+            pf_event event;
             answer(r, "x");
+            if (pf_loop_poll(loop, &event))
+                PUSH(given, event.request);
             pf_loop_return(loop);
             borrowed++;
         } else {
@@ -241,5 +299,7 @@ main(void)
     a_loop_at_work_is_not_borrowed();
     an_idle_connection_that_a_borrower_answered_times_out();
     the_request_behind_the_one_that_a_borrower_answers_wakes_the_sleeper();
+    a_borrower_may_take_the_next_request_and_nobody_else_hears_of_it();
+    what_a_borrower_comes_upon_but_may_not_take_is_the_sleepers();
     all_that_many_threads_answer_arrives();
 }
