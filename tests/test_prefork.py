@@ -453,7 +453,7 @@ def test_without_a_window_exits_count_for_life(start):
 
 @pytest.mark.contract("RecoverInterval")
 def test_the_recover_interval_is_waited_for_by_each_child_on_its_own(start):
-    interval = 0.5
+    interval = 1.0
     program = start(f"""
         run(workers=3, recover_threshold=9, recover_interval={interval},
             on_child_recover=lambda old, new: say("recover", time.monotonic()))
@@ -753,7 +753,7 @@ def until_quiet(address: str) -> None:
         with socket.socket() as probe:
             probe.setblocking(False)
             probe.connect_ex((host, int(port)))
-            if not select.select([], [probe], [], 0.1)[1]:
+            if not select.select([], [probe], [], 0.5)[1]:
                 return
             probe.setblocking(True)
             probe.settimeout(SOON)
