@@ -2093,9 +2093,12 @@ def test_a_regular_file_is_sent_from_where_it_stands(
     file = (tmp_path / "file").open("rb")
     file.seek(offset)
     announced = [("Content-Length", str(length))] if length is not None else []
-    client = wsgi(sending(file, [PLAIN, *announced]), strict=strict).client()
+    live = wsgi(sending(file, [PLAIN, *announced]), strict=strict)
+    client = live.client()
     client.send(CLOSING)
-    assert client.answer().body == expected and client.rest() == b"" and file.closed
+    assert client.answer().body == expected and client.rest() == b""
+    live.stop()
+    assert file.closed
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
