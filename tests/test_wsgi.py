@@ -7,9 +7,11 @@ break a rule, it is left out.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -1306,6 +1308,78 @@ def test_a_slow_body_behind_100_has_the_only_thread_until_the_read_timeout(serve
     other.send(post(b"hello"))
     assert other.is_quiet()
     assert other.answer().body == b"hello" and slow.answer().status == 408
+
+
+@contextlib.contextmanager
+def waiting_for_a_body(live: Live) -> Iterator[None]:
+    """Inside, the only thread waits for one client; then it goes on with the others."""
+    slow = live.client()
+    slow.send(ANNOUNCED)
+    slow.until(b"100 Continue\r\n\r\n")
+    yield
+    slow.send(b"hello")
+    assert slow.answer().body == b"hello"
+
+
+def test_who_has_left_while_the_only_thread_waited_is_not_served(serve):
+    called: list[str] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        called.append(environ["PATH_INFO"])
+        return echo(environ, start_response)
+
+    live = serve(app)
+    with waiting_for_a_body(live):
+        other = live.client()
+        other.send(get("/left"))
+        live.until(lambda stats: stats["lent"] == 2)
+        other.reset()
+        live.until(lambda stats: stats["connections"] == 1)
+    assert live.ask().body == b"" and called == ["/", "/"]
+
+
+def test_an_iterable_ends_whose_client_reads_and_leaves_while_others_wait(serve):
+    endless = Endless(50_000)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/":
+            return echo(environ, start_response)
+        start_response("200 OK", [PLAIN])
+        return iter(endless)
+
+    live = serve(app)
+    reader = live.client(receive_buffer=4096)
+    reader.send(get("/endless"))
+    reader.until(b"\r\n\r\n")
+    with waiting_for_a_body(live):
+        sent = live.stats()["bytes_out"]
+        while live.stats()["bytes_out"] < sent + HIGH_WATER:
+            reader.receive()
+        reader.reset()
+        live.until(lambda stats: stats["connections"] == 1)
+    assert endless.closed.wait(SOON) and live.ask().body == b""
+
+
+def test_the_only_thread_hears_that_its_master_died_while_it_waits():
+    server = Server(echo, interface="wsgi", drain_idle=0)
+    ready, died = threading.Event(), threading.Event()
+    lifeline, end = os.pipe()
+    options = {"lifeline": lifeline, "on_master_death": died.set, "on_ready": ready.set}
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=server.serve, args=[[sock]], kwargs=options)
+        thread.start()
+        assert ready.wait(SOON)
+        with Client(sock.getsockname()) as slow:
+            slow.send(ANNOUNCED)
+            slow.until(b"100 Continue\r\n\r\n")
+            os.close(end)
+            heard = died.wait(SOON)
+            slow.send(b"hello")
+            assert slow.answer().body == b"hello"
+        server.shutdown()
+        thread.join(SOON)
+    os.close(lifeline)
+    assert heard and not thread.is_alive()
 
 
 def test_the_time_for_a_body_begins_when_the_app_reads(serve):

@@ -31,7 +31,7 @@ cdef class Dispatcher:
     cdef int at         # the next event of the batch at hand
     cdef int count      # of its events
     cdef dict hosts     # addresses as text, by their bytes
-    cdef list held      # events put aside while a handler waited
+    cdef object held    # events put aside while a handler waited, by their loans
     cdef Request spare  # for the next request; None: there is none
     cdef readonly set asked      # Futures of what other threads wait for
     cdef int pid        # whose loop this is
@@ -63,7 +63,6 @@ cdef class Dispatcher:
     cdef int tell(self, Request request, unsigned flags, int code) except -1
     cdef int tell_each(self, exchange, unsigned flags) except -1
     cdef int run_calls(self) except -1
-    cdef int put_aside(self) except -1
     cdef int pump(self, pf_request *loan) except -1
     cdef bint leads(self) noexcept
     cdef int enter(self, Request request) except -1

@@ -22,7 +22,7 @@ the leader lets go of it with `inside` set.
 import os
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from concurrent.futures import Future
 from time import monotonic
 
@@ -122,7 +122,7 @@ def be_patient():
 
 
 cdef class Held:
-    """An event that waits for its turn."""
+    """The events of one loan, which wait for their turn."""
 
 
 cdef class Dispatcher:
@@ -138,7 +138,7 @@ cdef class Dispatcher:
         self.desk = loop.desk = desk
         self.simple = simple
         self.hosts = {}
-        self.held = []
+        self.held = OrderedDict()
         self.waiting = deque()
         self.asked = set()
         self.pid = pid
@@ -182,7 +182,7 @@ cdef class Dispatcher:
             self.run_calls()
             return 0
         if self.held:
-            held = self.held.pop(0)
+            held = self.held.popitem(last=False)[1]
             return self.handle(&held.event)
         if self.at == self.count:
             self.at = self.count = 0
@@ -222,33 +222,40 @@ cdef class Dispatcher:
         return 0
 
     cdef int hold_back(self, pf_event *event) except -1:
-        """An event has to wait until a handler is done."""
-        cdef Held held = Held.__new__(Held)
-        held.event = event[0]
-        self.held.append(held)
-        return 0
+        """An event has to wait until a handler is done.
 
-    cdef int put_aside(self) except -1:
-        """Keep the rest of the batch: a handler needs the loop."""
-        while self.at < self.count:
-            self.at += 1
-            self.hold_back(&self.loop.events[self.at - 1])
+        What comes of the same loan joins it: whoever has handled the one event may have
+        ended the loan, and what another one would name is gone then.
+        """
+        cdef object loan = <size_t>event.request
+        cdef Held held = self.held.get(loan)
+        if held is not None:
+            held.event.flags |= event.flags
+            held.event.code = event.code
+            return 0
+        held = Held.__new__(Held)
+        held.event = event[0]
+        self.held[loan] = held
         return 0
 
     cdef int pump(self, pf_request *loan) except -1:
-        """A turn of the loop amid a handler, for the loan it waits for."""
+        """A turn of the loop amid a handler, for the loan it waits for: events of other
+        loans are put aside. First come those of the batch that the handler is in.
+        """
         cdef pf_event *event
-        self.put_aside()
-        self.at = self.count = self.loop.wait_batch(-1)
-        for i in range(self.count):
-            event = &self.loop.events[i]
-            if event.request == loan or event.flags & (PF_EVENT_WOKEN
-                                                       | PF_EVENT_RELEASED):
-                self.dispatch(event)
+        if self.at == self.count:
+            self.at = self.count = 0
+            self.count = self.loop.wait_batch(-1)
+            if self.count == 0:
+                PyErr_CheckSignals()
+        while self.at < self.count:
+            event = &self.loop.events[self.at]
+            self.at += 1
+            if event.request is NULL or event.request == loan:
+                self.handle(event)
             else:
                 self.hold_back(event)
-        if self.count == 0:
-            PyErr_CheckSignals()
+        self.raise_fatal()
         return 0
 
     # ---- Events ----
