@@ -11,6 +11,7 @@
 
 #include <assert.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -747,6 +748,7 @@ struct pf_loop {
     int64_t accept_until; /* in a drain, of quiesced listeners */
     bool draining, drained, closed, embedded, woken, has_mail;
     bool signalled; /* woken by Python's signal handler, which writes the number */
+    atomic_bool entered; /* a thread is in here: for assertions only */
     bool shared;    /* may be borrowed while its thread sleeps; then also: */
     pthread_mutex_t door; /* held while it is borrowed, and when its thread lies down
                              or gets up */

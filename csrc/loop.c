@@ -77,6 +77,26 @@ check_options(const pf_options *o)
     return fits ? 0 : -EINVAL;
 }
 
+/* ---- who is in the loop -------------------------------------------------------------
+ * One thread at a time, from its call to the return; whose turn it is, the callers' own
+ * lock says. But in its light sleep a shared loop's thread is not in it: others may be.
+ */
+static inline void
+enter(pf_loop *loop)
+{
+    bool entered = false;
+    assert(atomic_compare_exchange_strong(&loop->entered, &entered, true));
+    (void)loop, (void)entered;
+}
+
+static inline void
+leave(pf_loop *loop)
+{
+    bool entered = true;
+    assert(atomic_compare_exchange_strong(&loop->entered, &entered, false));
+    (void)loop, (void)entered;
+}
+
 /* ---- clocks -------------------------------------------------------------------------*/
 static void
 read_monotonic(pf_loop *loop)
@@ -900,9 +920,11 @@ sleep_lightly(pf_loop *loop, pf__readiness *ready, int timeout_ms)
     pthread_mutex_lock(&loop->door);
     loop->asleep = true;
     loop->asleep_until = timeout_ms < 0 ? INT64_MAX : loop->now + timeout_ms;
+    leave(loop);
     pthread_mutex_unlock(&loop->door);
     int n = pf__poller_wait(&loop->poller, ready, BATCH, timeout_ms);
     pthread_mutex_lock(&loop->door);
+    enter(loop);
     loop->asleep = false;
     pthread_mutex_unlock(&loop->door);
     return n;
@@ -955,9 +977,11 @@ pf_loop_wait(pf_loop *loop, pf_event *events, int max, int timeout_ms)
 {
     int64_t until = timeout_ms < 0 ? INT64_MAX : loop->now + timeout_ms;
     int n;
+    enter(loop);
     do
         n = turn(loop, events, max, until);
     while (n == 0 && loop->notices.count == 0 && loop->now < until);
+    leave(loop);
     return n == -EINTR ? 0 : n;
 }
 
@@ -977,7 +1001,12 @@ pf_loop_touch(pf_loop *loop)
 int
 pf_loop_flush(pf_loop *loop)
 {
+    bool borrowed = loop->borrowed_out; /* by the caller, who is in it then */
+    if (!borrowed)
+        enter(loop);
     settle(loop, true);
+    if (!borrowed)
+        leave(loop);
     return 0;
 }
 
@@ -1004,6 +1033,7 @@ pf_loop_borrow(pf_loop *loop)
         pthread_mutex_unlock(&loop->door);
         return false;
     }
+    enter(loop);
     loop->borrowed_out = true;
     read_clocks(loop);
     return true;
@@ -1034,6 +1064,7 @@ pf_loop_return(pf_loop *loop)
     bool due = pf_loop_ready(loop) || loop->notices.count > 0
                || next_deadline(loop) < loop->asleep_until;
     loop->borrowed_out = false;
+    leave(loop);
     pthread_mutex_unlock(&loop->door);
     if (due)
         pf_loop_wake(loop);

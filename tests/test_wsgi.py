@@ -8,6 +8,7 @@ break a rule, it is left out.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -1654,6 +1655,67 @@ def test_close_is_called_when_the_last_byte_was_sent(wsgi):
     client.ask()
     received.set()
     assert closed_once(live, parts) and outcome == [True]
+
+
+def test_an_answer_that_is_whole_arrives_while_close_takes_its_time(wsgi):
+    received = threading.Event()
+    parts = Parts([b"hi"], lambda: outcome.append(received.wait(SOON)))
+    outcome: list[bool] = []
+    live = wsgi(app_of(parts, fields=[PLAIN, ("Content-Length", "2")]))
+    client = live.client()
+    client.ask()
+    received.set()
+    assert closed_once(live, parts) and outcome == [True]
+
+
+def test_the_answer_before_arrives_while_a_handler_takes_its_time(wsgi):
+    received = threading.Event()
+    outcome: list[bool] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/slow":
+            outcome.append(received.wait(SOON))
+        start_response("200 OK", [PLAIN, ("Content-Length", "2")])
+        return iter([b"hi"])
+
+    live = wsgi(app)
+    client = live.client()
+    client.send(GET + GET.replace(b"GET / ", b"GET /slow "))
+    client.answer()
+    received.set()
+    client.answer()
+    live.stop()
+    assert outcome == [True]
+
+
+def test_who_sends_for_the_only_thread_never_collects_garbage(serve):
+    held = Held()
+    names: list[str] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/slow":
+            held.wait()
+        start_response("200 OK", [PLAIN, ("Content-Length", "2")])
+        return iter([b"hi"])
+
+    def note(*_: object) -> None:
+        names.append(threading.current_thread().name)
+
+    live = serve(app)
+    live.ask()
+    before = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(1)
+    try:
+        client = live.client()
+        client.send(GET + get("/slow"))
+        client.answer()
+        held.let_go()
+        client.answer()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(note)
+    assert names and "prefork-sender" not in names
 
 
 def test_close_is_called_once_when_an_iterable_raises(wsgi):

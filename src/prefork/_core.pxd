@@ -480,6 +480,8 @@ cdef class Loop:
     cdef bint poll(self, pf_event *event) noexcept
     cdef int give_back(self) except -1
     cdef int leave_word(self, function, tuple arguments) except -1
+    cpdef int flush(self) except -1
+    cdef void send_queued(self) noexcept
 
 cdef class Request:
     cdef pf_request *loan     # NULL once the loan has ended

@@ -574,9 +574,16 @@ cdef class Loop:
             check(pf_loop_wake(self.opened()))
         return 0
 
-    def flush(self):
+    cpdef int flush(self) except -1:
         """Send what is queued now, without waiting."""
-        check(pf_loop_flush(self.opened()))
+        cdef pf_loop *handle = self.opened()
+        if self.asleep:
+            raise RuntimeError("the loop is at work in another thread")
+        return check(pf_loop_flush(handle))
+
+    cdef void send_queued(self) noexcept:
+        """flush() for who may not let go of the GIL, and knows that it may be done."""
+        pf_loop_flush(self.handle)
 
     def drain(self, bint sweep=True):
         """Stop accepting, finish what is under way; DRAINED comes when all is done.

@@ -35,10 +35,12 @@ cdef class Dispatcher:
     cdef Request spare  # for the next request; None: there is none
     cdef readonly set asked      # Futures of what other threads wait for
     cdef int pid        # whose loop this is
+    cdef Crew sender    # of one thread: who sends while that is in a handler, or None
+    cdef object sending         # the thread that does
     # Of a crew; all of it is read and written under the GIL.
     cdef readonly Crew crew     # None: one thread
     cdef unsigned long leader   # the thread that may touch the loop; 0: nobody yet
-    cdef bint inside            # the leader is in a handler: the loop may be taken over
+    cdef bint inside            # the leader is in a handler: others may use the loop
     cdef Request current        # whose handler that is
     cdef int standing           # threads that stand by
     cdef bint coming            # one of them was called and has not looked yet
@@ -65,6 +67,8 @@ cdef class Dispatcher:
     cdef int run_calls(self) except -1
     cdef int pump(self, pf_request *loan) except -1
     cdef bint leads(self) noexcept
+    cdef bint sends_later(self) noexcept
+    cdef int start_sender(self) except -1
     cdef int enter(self, Request request) except -1
     cdef bint leave(self, Request request) except -1
     cdef bint hand_on(self, Request request) except -1

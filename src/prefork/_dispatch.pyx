@@ -258,6 +258,51 @@ cdef class Dispatcher:
         self.raise_fatal()
         return 0
 
+    # ---- One thread, and who sends for it ----
+
+    cdef bint sends_later(self) noexcept:
+        """Whether an answer that is queued will be sent although its thread goes on."""
+        return self.crew is not None or self.sender is not None
+
+    cdef int start_sender(self) except -1:
+        """Have answers sent amid the handlers of one thread, if these take their time.
+
+        So an answer need not be sent before the app is called again, each by itself: it
+        may leave together with others, which wakes fewer clients.
+        """
+        sender = Crew()
+        thread = threading.Thread(target=self.keep_sending, args=(sender,), daemon=True,
+                                  name="prefork-sender")
+        try:
+            thread.start()
+        except RuntimeError:
+            return 0  # no thread is to be had: answers are sent at once
+        self.sender = sender
+        self.sending = thread
+        return 0
+
+    def keep_sending(self, Crew sender):
+        """The life of the sender.
+
+        The loop is its own while it has the GIL and the only thread is `inside`: there
+        that one lets go of the GIL, but calls nothing of the loop before leave(). So
+        nothing here may let go of it between the look at `inside` and the end of what
+        is sent: no object is made, as that may collect garbage, and run whatever.
+        """
+        while sender.stand_by(self.loop) != PF_CREW_CLOSED:
+            if self.inside:
+                self.inside = False  # nothing more to send until it enters again
+                sender.end()
+                self.loop.send_queued()
+
+    def end_sending(self):
+        """The only thread is done with the loop, and so is its sender."""
+        sender, self.sender = self.sender, None
+        self.inside = False
+        if sender is not None:
+            sender.close()
+            self.sending.join()
+
     # ---- Events ----
 
     cdef int dispatch(self, pf_event *event) except -1:
@@ -454,7 +499,12 @@ cdef class Dispatcher:
 
     cdef int enter(self, Request request) except -1:
         """A handler begins: while it runs, the lead may be claimed."""
-        if self.crew is None or self.leader != PyThread_get_thread_ident():
+        if self.crew is None:
+            if self.sender is not None and not self.inside:
+                self.inside = True
+                self.sender.begin()
+            return 0
+        if self.leader != PyThread_get_thread_ident():
             return 0
         if self.eager > 0 and self.hand_on(request):
             return 0
@@ -498,6 +548,9 @@ cdef class Dispatcher:
         """It has ended. False: somebody else leads."""
         cdef int64_t before
         if self.crew is None:
+            if self.inside:
+                self.inside = False
+                self.sender.end()
             return True
         if request.handed_on > 0:
             self.settle_account(request)

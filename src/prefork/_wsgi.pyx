@@ -523,6 +523,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             if body is None:
                 answer.deliver(result)
             elif self.crew is None and answer.input is None:
+                self.leave(answer.request)
                 self.loop.touch()
                 answer.complete_now(body)
             else:
@@ -726,10 +727,12 @@ cdef class Answer:
         except BaseException as error:
             self.fail(error)
             return 0
-        if self.dispatcher.crew is None:
-            self.pull()
-        else:
+        if self.dispatcher.crew is not None:
             self.exhaust()
+            return 0
+        if self.dispatcher.sender is None:
+            self.dispatcher.start_sender()
+        self.pull()
         return 0
 
     cdef int exhaust(self) except -1:
@@ -749,22 +752,25 @@ cdef class Answer:
 
     cdef int pull(self) except -1:
         """As many as there is room and time for, in the only thread there is."""
-        cdef int64_t until = self.dispatcher.loop.touch() + PULL_MS
+        cdef Dispatcher dispatcher = self.dispatcher
+        cdef int64_t until = dispatcher.loop.touch() + PULL_MS
         try:
             if self.error is not None:
                 raise self.error
+            dispatcher.enter(self.request)
             for part in self.parts:
-                self.dispatcher.check_fork(None)
-                if not self.checked(part):
-                    continue
-                self.committed = True
-                self.write_now(plain(part))
-                if self.head:
-                    break
-                if self.pending >= HIGH_WATER or self.dispatcher.loop.touch() > until:
-                    self.request.attach(self)
-                    self.request.want_room()
-                    return 0
+                dispatcher.leave(self.request)
+                dispatcher.check_fork(None)
+                if self.checked(part):
+                    self.committed = True
+                    self.write_now(plain(part))
+                    if self.head:
+                        break
+                    if self.pending >= HIGH_WATER or dispatcher.loop.touch() > until:
+                        self.request.attach(self)
+                        self.request.want_room()
+                        return 0
+                dispatcher.enter(self.request)
         except BaseException as error:
             self.fail(error)
             return 0
@@ -825,8 +831,9 @@ cdef class Answer:
     cdef int write_now(self, bytes data) except -1:
         """Write, and send at once, as PEP 3333 wants it.
 
-        In a crew the first part, with which most answers are complete, leaves with
-        those of others: should the second be long in coming, who leads then sends it.
+        But the first part, with which most answers are complete, leaves with those of
+        others: should the second be long in coming, who leads then, or the sender of
+        the only thread, sends it.
         """
         cdef Request request = self.request
         cdef bint first
@@ -839,7 +846,7 @@ cdef class Answer:
         request.put(data)
         first = self.written == 0 and PyBytes_GET_SIZE(data) < LOW_WATER
         self.written += PyBytes_GET_SIZE(data)
-        if self.dispatcher.crew is None or not first:
+        if not first or not self.dispatcher.sends_later():
             self.dispatcher.loop.flush()
         self.pending = request.unsent()
         return 0
@@ -882,8 +889,11 @@ cdef class Answer:
         if self.gate is not None:
             self.dispatcher.expect_to_block()
             self.gate.acquire()
-        while self.waits:
-            self.dispatcher.pump(self.request.loan)
+        else:
+            self.dispatcher.leave(self.request)
+            while self.waits:
+                self.dispatcher.pump(self.request.loan)
+            self.dispatcher.enter(self.request)
         if self.error is not None:
             raise self.error
         return 0
@@ -960,12 +970,14 @@ cdef class Answer:
             self.end_now(body, error)
         finally:
             if self.closing is not None or self.input is not None:
-                # It may take its time: then somebody else leads, if there is anybody.
-                if dispatcher.crew is None:
+                # It may take its time: then somebody else leads, or sends.
+                if not dispatcher.sends_later():
                     dispatcher.loop.flush()
                 dispatcher.enter(self.request)
-                self.clean_up()
-                dispatcher.leave(self.request)
+                try:
+                    self.clean_up()
+                finally:
+                    dispatcher.leave(self.request)
         return 0
 
     cpdef end_now(self, body, error):

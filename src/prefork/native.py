@@ -171,12 +171,15 @@ class Desk:
         if self.crew_size > 1:
             self.dispatcher.run_crew(self.crew_size, start_thread)
             return
-        while not self.dispatcher.drained:
-            if self.has_notices:
-                self.dispatcher.turn(-1)
-                self.take_notices()
-            else:
-                self.dispatcher.run()
+        try:
+            while not self.dispatcher.drained:
+                if self.has_notices:
+                    self.dispatcher.turn(-1)
+                    self.take_notices()
+                else:
+                    self.dispatcher.run()
+        finally:
+            self.dispatcher.end_sending()
 
     def on_drain(self) -> None:
         """The loop begins to drain, or is told so once more."""
