@@ -747,9 +747,9 @@ struct pf_loop {
     int64_t mail_until;   /* in a drain, for what was promised */
     int64_t accept_until; /* in a drain, of quiesced listeners */
     bool draining, drained, closed, embedded, woken, has_mail;
-    bool signalled; /* woken by Python's signal handler, which writes the number */
+    bool signalled;      /* woken by Python's signal handler, which writes the number */
     atomic_bool entered; /* a thread is in here: for assertions only */
-    bool shared;    /* may be borrowed while its thread sleeps; then also: */
+    bool shared;         /* may be borrowed while its thread sleeps; then also: */
     pthread_mutex_t door; /* held while it is borrowed, and when its thread lies down
                              or gets up */
     bool asleep, borrowed_out;
