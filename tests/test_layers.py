@@ -85,11 +85,18 @@ MODULES: dict[str, set[str]] = {
     "_blocks": {"_core"},
     "_watch": set(),
     "_wsgi": {"_core", "_blocks", "_dispatch", "_native", "_tls", "_watch", "errors"},
-    "_asgi": {"_core", "_blocks", "_dispatch", "_native", "_tls", "_watch", "errors"},
-    "_websocket": {"_core", "_asgi", "errors"},
+    "_waiting": set(),
+    "_asgi": {
+        *{"_core", "_blocks", "_dispatch", "_native", "_tls", "_waiting", "_watch"},
+        *{"errors"},
+    },
+    "_websocket": {"_core", "_asgi", "_waiting", "errors"},
+    "_channel": {"_core", "_dispatch", "_waiting", "errors"},
     "eventloop": {"errors"},
-    "websocket": {"_core", "_websocket", "errors"},
-    "native": {"_core", "_native", "errors", "eventloop", "log", "websocket"},
+    "websocket": {"_channel", "_core", "errors"},
+    "native": {
+        *{"_channel", "_core", "_native", "errors", "eventloop", "log", "websocket"}
+    },
     "wsgi": {"_core", "_native", "_wsgi", "errors", "log", "native"},
     "asgi": {
         *{"native", "eventloop"},

@@ -8,11 +8,6 @@ from prefork._blocks cimport Blocks
 from prefork._core cimport Request, pf_event, pf_head, pf_peer
 
 
-cdef class Done:
-    cdef object result
-
-cdef Done NOTHING
-cdef Done done(object result)
 cdef int wake(list waiters) except -1
 cdef list joined(list waiters, waiter)
 cdef bytes bytes_of(object data)
@@ -59,7 +54,6 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef dict how          # its keywords
     cdef bint eager        # a task has begun when it is made
     cdef bint shares       # one may run apps of several requests
-    cdef bint starting     # a task is being started: the loop turns soon anyway
 
     cdef int set_ends(self, dict scope, Request request) except -1
     cdef int set_origin(self, dict scope, Request request) except -1
@@ -92,7 +86,7 @@ cdef class Shift:
     cdef bint goes_on(self) except -1
 
 
-cdef class Exchange:
+cdef class Exchange(_dispatch.Follower):
     cdef Request request
     cdef Dispatcher dispatcher
     cdef readonly dict scope
@@ -110,6 +104,7 @@ cdef class Exchange:
 
     cdef int reset(self) except -1
     cdef dict make_scope(self)
+    cdef object around(self, coroutine)
     cpdef dict next_message(self)
     cdef int send_start(self, message) except -1
     cdef bint streams_events(self) except -1

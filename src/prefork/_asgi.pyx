@@ -58,6 +58,7 @@ from prefork._core cimport (
     remember,
 )
 from prefork._dispatch cimport references, same_host
+from prefork._waiting cimport NOTHING, done, give
 from prefork._watch cimport changes, watch, watches
 
 
@@ -68,7 +69,6 @@ except ImportError:
 
 
 cdef extern from "Python.h":
-    void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
     Py_ssize_t PyDict_GET_SIZE(dict mapping)
     int PyUnicode_KIND(object text)
     void *PyUnicode_DATA(object text)
@@ -136,45 +136,7 @@ def template(root_path="", scheme="http"):
     }
 
 
-# ---- Awaitables ----
-
-@cython.freelist(16)
-cdef class Done:
-    """An awaitable that has its result; a coroutine to those who ask for one."""
-
-    def __await__(self):
-        return self
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.result is not None:
-            PyErr_SetObject(StopIteration, self.result)
-        raise StopIteration  # to Cython it means no more than to return NULL
-
-    def send(self, value):
-        """As a coroutine's; so that it may become a task."""
-        raise StopIteration(self.result)
-
-    def throw(self, kind, value=None, traceback=None):
-        """As a coroutine's: whoever cancels it has it cancelled."""
-        if value is None:
-            value = kind if isinstance(kind, BaseException) else kind()
-        raise value
-
-    def close(self):
-        """As a coroutine's: there is nothing to close."""
-
-
-NOTHING = Done()
-
-
-cdef Done done(object result):
-    cdef Done found = Done.__new__(Done)
-    found.result = result
-    return found
-
+# ---- Who waits ----
 
 cdef int wake(list waiters) except -1:
     """Let all who wait go on."""
@@ -445,21 +407,19 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         """Have a task call the app for an exchange, and maybe for those that follow."""
         cdef Exchange exchange
         shift.dispatcher = self
-        self.starting = True
         try:
             shift.call()
-            coroutine = shift.coroutine
             if self.shares and shift.exchange is self.exchange:
-                coroutine = shift  # else it is a WebSocket's, which waits all the time
+                coroutine = shift
+            else:
+                coroutine = shift.exchange.around(shift.coroutine)
             task = PyObject_Call(self.make_task, (coroutine,), self.how)
         except BaseException as error:
             self.check_fork(error)
-            self.starting = False
             shift.exchange.fail(error)
             if not isinstance(error, Exception):
                 raise
             return 0
-        self.starting = False
         exchange = shift.exchange
         if self.in_child():
             self.check_fork(failure_of(task))
@@ -548,7 +508,7 @@ cdef class Shift:
             return waited
         if how == PYGEN_RETURN:
             if <object>result is not None:
-                PyErr_SetObject(StopIteration, (<object>result,))
+                give((<object>result,))
             Py_DECREF(<object>result)
         raise StopIteration  # to Cython it means no more than to return NULL
 
@@ -648,7 +608,7 @@ cdef class Shift:
 # ---- The exchange ----
 
 @cython.freelist(64)
-cdef class Exchange:
+cdef class Exchange(_dispatch.Follower):
     """receive() and send() of one request; all of it runs in the event loop's thread.
 
     The loan ends with the answer, or when the client leaves: then the app goes on, and
@@ -667,6 +627,10 @@ cdef class Exchange:
     cdef dict make_scope(self):
         """What the app is called with."""
         return self.dispatcher.scope(self.request)
+
+    cdef object around(self, coroutine):
+        """What its task runs, if that runs no other app."""
+        return coroutine
 
     # -- receiving --
 
@@ -787,7 +751,7 @@ cdef class Exchange:
             self.complete()
         elif self.is_full():
             return self.dispatcher.desk.drain(self)
-        elif not self.dispatcher.starting:
+        elif not self.dispatcher.at_work:
             self.dispatcher.desk.schedule()
         return NOTHING
 
@@ -842,13 +806,13 @@ cdef class Exchange:
         """The body is; nothing more comes, but for trailers."""
         if self.trailers and self.stage != TRAILING:
             self.stage = TRAILING
-            if not self.dispatcher.starting:
+            if not self.dispatcher.at_work:
                 self.dispatcher.desk.schedule()
             return 0
         self.stage = COMPLETE
         self.request.conclude()
         wake(self.readers)
-        if not self.dispatcher.starting:
+        if not self.dispatcher.at_work:
             self.dispatcher.desk.schedule()
         return 0
 

@@ -21,6 +21,10 @@ cdef class Held:
     cdef pf_event event
 
 
+cdef class Follower:
+    cdef int hear(self) except -1
+
+
 cdef class Dispatcher:
     cdef readonly Loop loop
     cdef object handler
@@ -30,6 +34,8 @@ cdef class Dispatcher:
     cdef readonly bint drained
     cdef int at         # the next event of the batch at hand
     cdef int count      # of its events
+    cdef unsigned told  # so many exchanges were told something
+    cdef bint at_work   # on a batch, behind which the loop turns anyway
     cdef dict hosts     # addresses as text, by their bytes
     cdef object held    # events put aside while a handler waited, by their loans
     cdef Request spare  # for the next request; None: there is none

@@ -59,6 +59,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     BATCH_MS = 1      # how long finished answers wait for others in their batch
+    TOLD = 4          # exchanges that are told something between two looks at the clock
     EAGER_MORE = 16   # handlers that must not block until one that did is forgotten
     EAGER_MOST = 64
     HOSTS_MAX = 4096  # addresses that are remembered as text
@@ -125,6 +126,15 @@ cdef class Held:
     """The events of one loan, which wait for their turn."""
 
 
+cdef class Follower:
+    """Who follows the loan of a WebSocket: an exchange, of which messages are told by a
+    plain call."""
+
+    cdef int hear(self) except -1:
+        """Messages have come, where none were."""
+        raise NotImplementedError
+
+
 cdef class Dispatcher:
     """Hands the loop's events to the handler, in the thread that leads.
 
@@ -159,6 +169,7 @@ cdef class Dispatcher:
         self.loop.touch()  # others have had the thread since the last turn
         self.count = count = self.loop.wait_batch(timeout_ms)
         self.at = 0
+        self.at_work = True
         cdef int64_t since = self.loop.now()
         while self.at < self.count:
             self.at += 1
@@ -166,6 +177,7 @@ cdef class Dispatcher:
             if self.loop.now() - since >= BATCH_MS and self.at < self.count:
                 self.loop.flush()
                 since = self.loop.now()
+        self.at_work = False
         self.raise_fatal()
         return count
 
@@ -373,11 +385,14 @@ cdef class Dispatcher:
         except Exception as error:
             self.desk.failed(request, error)
         self.check_fork(None)  # of a handler that went on with what it was told
+        self.told += 1
+        if self.told % TOLD == 0:
+            self.loop.touch()
         return 0
 
     cdef int tell_each(self, exchange, unsigned flags) except -1:
         if flags & PF_EVENT_MESSAGE:
-            exchange.on_message()
+            (<Follower?>exchange).hear()
         if flags & PF_EVENT_BODY:
             exchange.on_body()
         if flags & PF_EVENT_WRITABLE:

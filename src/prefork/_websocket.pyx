@@ -3,37 +3,32 @@
 
 A message that is there when the app asks is returned at once; it is taken out of the
 core's queue then and not before, so a client that sends more than the app receives is
-not read. What the app sends leaves when the loop turns next, with all else.
-
-Who waits for a message is woken in the turn that brings it: the task's step is called
-from the core's event, as it is when a request starts one, and not put off to the event
-loop's next iteration. So a batch of messages is answered before the loop turns again.
+not read. What the app sends leaves when the loop turns next, with all else. Who waits
+for a message goes on in the turn that brings it (_waiting.pyx).
 """
 import sys
-from asyncio import CancelledError
-from contextvars import copy_context
 
 cimport cython
 
 from cpython.dict cimport PyDict_SetItem
+from cpython.object cimport PyObject
 
 from prefork import _core as core
 
-from prefork cimport _asgi
-from prefork._asgi cimport COMPLETE, bytes_of, done, is_text, joined, value_of
+from prefork cimport _asgi, _waiting
+from prefork._asgi cimport COMPLETE, bytes_of, is_text, value_of
 from prefork._asgi cimport wake as wake_all
 from prefork._core cimport (
     PF_ERR_CLOSED,
     PF_HEAD_UPGRADE,
     Request,
 )
+from prefork._waiting cimport NOTHING, Stay, Waiter, joined, resume_all
 from prefork.errors import ClientDisconnected
 
 
 cdef extern from "Python.h":
-    void PyErr_SetObject(object kind, object value)  # raises when NULL is returned
-    int PyContext_Enter(object context) except -1
-    int PyContext_Exit(object context) except -1
+    Py_ssize_t refs "Py_REFCNT" (PyObject *thing)  # of an object, Cython makes one more
 
 
 cdef str TYPE = sys.intern("type")
@@ -52,136 +47,6 @@ cdef str BODY = sys.intern("websocket.http.response.body")
 
 cdef dict SCHEMES = {"http": "ws", "https": "wss"}
 PROTOCOL = b"sec-websocket-protocol"
-
-
-# ---- Waiting ----
-
-cdef enum:
-    PENDING
-    WOKEN
-    CANCELLED
-
-
-@cython.freelist(64)
-cdef class Waiter:
-    """What a task waits for: a future to asyncio, without a result, for one task.
-
-    resume(True) steps the task at once. That is for the core's events, which come while
-    no task runs; within a task it is resume(False), and the loop does so soon.
-    """
-
-    cdef public bint _asyncio_future_blocking  # asyncio's protocol for futures
-    cdef object loop
-    cdef object callback
-    cdef object context
-    cdef int outcome
-
-    def __init__(self, loop):
-        self.loop = loop
-
-    def __await__(self):
-        return self
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.outcome != PENDING:
-            raise StopIteration  # to Cython it means no more than to return NULL
-        self._asyncio_future_blocking = True
-        return self
-
-    def get_loop(self):
-        """As a future's."""
-        return self.loop
-
-    def add_done_callback(self, callback, *, context=None):
-        """As a future's; of its task."""
-        self.callback = callback
-        self.context = copy_context() if context is None else context
-        if self.outcome != PENDING:
-            self.call(False)
-
-    def remove_done_callback(self, callback):
-        """As a future's."""
-        self.callback = None
-
-    def done(self):
-        """As a future's."""
-        return self.outcome != PENDING
-
-    def cancelled(self):
-        """As a future's."""
-        return self.outcome == CANCELLED
-
-    def cancel(self, msg=None):
-        """As a future's."""
-        if self.outcome != PENDING:
-            return False
-        self.outcome = CANCELLED
-        self.call(False)
-        return True
-
-    def result(self):
-        """As a future's."""
-        if self.outcome == CANCELLED:
-            raise CancelledError
-
-    def set_result(self, result):
-        """As a future's: resume(False)."""
-        self.resume(False)
-
-    cpdef int resume(self, bint now) except -1:
-        """Let the task go on, if it has not given up."""
-        if self.outcome == PENDING:
-            self.outcome = WOKEN
-            self.call(now)
-        return 0
-
-    cdef int call(self, bint now) except -1:
-        callback, context = self.callback, self.context
-        self.callback = self.context = None
-        if callback is None:
-            return 0
-        if not now:
-            self.loop.call_soon(callback, self, context=context)
-            return 0
-        PyContext_Enter(context)
-        try:
-            callback(self)
-        finally:
-            PyContext_Exit(context)
-        return 0
-
-
-cdef class Reception(Waiter):
-    """A receive() that waits; a coroutine to those who ask for one."""
-
-    cdef WebSocket socket
-
-    def __next__(self):
-        cdef dict message = self.socket.next_message()
-        while message is None and not self.socket.expect(self):
-            message = self.socket.next_message()
-        if message is not None:
-            PyErr_SetObject(StopIteration, message)
-            raise StopIteration
-        self.outcome = PENDING
-        self._asyncio_future_blocking = True
-        return self
-
-    def send(self, value):
-        """As a coroutine's; so that it may become a task."""
-        return self.__next__()
-
-    def throw(self, kind, value=None, traceback=None):
-        """As a coroutine's: whoever cancels it has it cancelled."""
-        if value is None:
-            value = kind if isinstance(kind, BaseException) else kind()
-        raise value
-
-    def close(self):
-        """As a coroutine's: there is nothing to close."""
 
 
 # ---- From requests to WebSockets ----
@@ -217,6 +82,19 @@ cdef enum:  # where the handshake is
     CLOSED    # by the app, or by the client
 
 
+cdef class Reception(_waiting.Reception):
+    """receive(), of which an app mostly has one at a time."""
+
+    cdef WebSocket socket
+
+    cdef object take(self):
+        cdef WebSocket socket = self.socket
+        cdef dict message = socket.next_message()
+        while message is None and not socket.expect(self.at(socket.loop)):
+            message = socket.next_message()
+        return message
+
+
 cdef class WebSocket(_asgi.Exchange):
     """receive() and send() of one WebSocket, in the event loop's thread.
 
@@ -228,6 +106,9 @@ cdef class WebSocket(_asgi.Exchange):
     cdef list backlog    # messages that came before the client left, last first
     cdef object code
     cdef object reason
+    cdef object loop
+    cdef Reception reception  # the one that was made last
+    cdef Waiter first         # of those who wait for a message
 
     cdef dict make_scope(self):
         cdef dict scope = self.dispatcher.scope(self.request)
@@ -249,17 +130,20 @@ cdef class WebSocket(_asgi.Exchange):
                 names += [part.strip() for part in value.decode("latin-1").split(",")]
         return [name for name in names if name]
 
+    cdef object around(self, coroutine):
+        """It waits for messages, mostly."""
+        self.loop = self.dispatcher.desk.loop
+        return Stay(coroutine, self.loop)
+
     # -- receiving --
 
+    @cython.binding(False)
     def receive(self):
         """The next message of the client."""
-        cdef Reception reception
-        cdef dict message = self.next_message()
-        if message is not None:
-            return done(message)
-        reception = Reception.__new__(Reception)
-        reception.loop = self.dispatcher.desk.loop
-        reception.socket = self
+        cdef Reception reception = self.reception
+        if reception is None or refs(<PyObject *>reception) != 2:  # ours, a local one
+            reception = self.reception = Reception.__new__(Reception)
+            reception.socket = self
         return reception
 
     cpdef dict next_message(self):
@@ -279,7 +163,7 @@ cdef class WebSocket(_asgi.Exchange):
             return None
         return {TYPE: RECEIVE, (TEXT if type(data) is str else BYTES): data}
 
-    cdef bint expect(self, Reception reception) except -1:
+    cdef bint expect(self, Waiter waiter) except -1:
         """Wake it when next_message() is worth a look. False: it is so now."""
         if self.state != OPEN:
             try:
@@ -287,21 +171,24 @@ cdef class WebSocket(_asgi.Exchange):
             except ClientDisconnected:
                 self.ended = True
                 return False
-        if self.readers is None:
-            self.readers = [reception]
-        else:
-            self.readers = joined(self.readers, reception)
+        self.first = joined(self.first, waiter)
         self.turn()  # to read on, if there was no room before
         return True
 
+    cdef int wake_readers(self, bint now) except -1:
+        cdef Waiter first = self.first
+        self.first = None
+        return resume_all(first, now)
+
     cdef int turn(self) except -1:
         """Have the loop turn soon."""
-        if not self.dispatcher.starting:
+        if not self.dispatcher.at_work:
             self.dispatcher.desk.schedule()
         return 0
 
     # -- sending --
 
+    @cython.binding(False)
     def send(self, message):
         """Send a message; RuntimeError if it is not its turn, OSError if nobody is
         there any more."""
@@ -323,11 +210,14 @@ cdef class WebSocket(_asgi.Exchange):
             self.trailers = False  # there is no message for them
             self.state = DENIED
         elif kind == BODY and self.state == DENIED:
-            return self.send_body(message)
+            awaitable = self.send_body(message)
+            if self.stage == COMPLETE:
+                self.wake_readers(False)
+            return awaitable
         else:
             raise RuntimeError(f"{kind!r} cannot be sent now")
         self.turn()
-        return _asgi.NOTHING
+        return NOTHING
 
     cdef object send_message(self, message):
         cdef object text = value_of(message, TEXT, None)
@@ -345,7 +235,7 @@ cdef class WebSocket(_asgi.Exchange):
         if self.is_full():
             return self.dispatcher.desk.drain(self)
         self.turn()
-        return _asgi.NOTHING
+        return NOTHING
 
     cdef int accept(self, message) except -1:
         """Complete the handshake. A subprotocol among the headers counts, too."""
@@ -360,14 +250,14 @@ cdef class WebSocket(_asgi.Exchange):
                             else subprotocol.encode("latin-1"), fields)
         self.state = OPEN
         self.request.attach(self)
-        wake_all(self.readers)
+        self.wake_readers(False)
         return 0
 
     cdef int close(self, int code, str reason) except -1:
         self.request.close_websocket(code, reason)
         self.state = CLOSED
         self.code, self.reason = code, reason
-        wake_all(self.readers)
+        self.wake_readers(False)
         wake_all(self.writers)
         return 0
 
@@ -375,35 +265,23 @@ cdef class WebSocket(_asgi.Exchange):
         """The client gets an ordinary answer instead of a WebSocket."""
         self.request.respond(status, [], b"")
         self.state, self.stage = CLOSED, COMPLETE
-        wake_all(self.readers)
+        self.wake_readers(False)
         return 0
 
     # -- events of the loan --
 
-    def on_message(self):
-        """Messages have come, where none were."""
-        self.step()
+    cdef int hear(self) except -1:
+        return self.go_on()
 
     def on_ended(self):
         """The client has closed its side before the handshake was answered."""
         self.ended = True
-        self.step()
+        self.go_on()
 
-    cdef int step(self) except -1:
+    cdef int go_on(self) except -1:
         """An event: who waits for a message goes on here and now."""
-        cdef list readers = self.readers
-        cdef _asgi.Dispatcher dispatcher = self.dispatcher
-        if readers is None:
-            return 0
-        self.readers = None
-        dispatcher.starting = True
-        try:
-            for reception in readers:
-                (<Reception>reception).resume(True)
-        finally:
-            dispatcher.starting = False
-        dispatcher.check_fork(None)
-        dispatcher.loop.touch()
+        self.wake_readers(True)
+        self.dispatcher.check_fork(None)
         return 0
 
     def on_closed(self, code):
@@ -418,7 +296,7 @@ cdef class WebSocket(_asgi.Exchange):
             self.lost = True
             self.request.abort()
         self.state = CLOSED
-        self.step()
+        self.go_on()
         wake_all(self.writers)
 
     cdef int keep_backlog(self) except -1:
@@ -438,6 +316,7 @@ cdef class WebSocket(_asgi.Exchange):
 
     cdef int settle(self, task) except -1:
         """The app has returned or raised. Who returns has nothing more to say."""
+        self.reception = None
         if (self.state == OPEN and self.request.loan is not NULL
                 and not task.cancelled() and task.exception() is None):
             self.close(1000, "")
@@ -452,4 +331,5 @@ cdef class WebSocket(_asgi.Exchange):
             self.close(1012 if error is None else 1011, "")
             return 0
         self.state = CLOSED
-        return _asgi.Exchange.fail(self, error)
+        _asgi.Exchange.fail(self, error)
+        return self.wake_readers(False)

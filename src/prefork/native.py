@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from prefork import _core, eventloop, log, websocket
+from prefork import _channel, _core, eventloop, log, websocket
 from prefork._native import Dispatcher, Request, Response
 from prefork.errors import (
     ClientDisconnected,
@@ -820,7 +820,7 @@ class AsyncDesk(LoopDesk):
 
     def call(self, request: Request) -> Any:
         """Start the handler: its answer if it has one at once, else its task."""
-        coroutine = self.coroutine(request)
+        coroutine = _channel.around(request, self.coroutine(request), self.loop)
         if sys.version_info >= (3, 12):
             task = asyncio.Task(coroutine, loop=self.loop, eager_start=True)
             if task.done():
@@ -835,7 +835,7 @@ class AsyncDesk(LoopDesk):
             exchange = request.exchange or Awaited(self, request)
             exchange.follow(result)
         elif isinstance(request.exchange, websocket.WebSocket):
-            request.exchange.finish(websocket.NORMAL)
+            request.exchange.finish()
         elif not (request.answered and result is None):  # of a closed WebSocket
             super().finish(request, result)
 
@@ -846,7 +846,7 @@ class AsyncDesk(LoopDesk):
             return
         if error is not None and not isinstance(error, ClientDisconnected):
             self.log_raised(request, error)
-        exchange.finish(websocket.ERROR)
+        exchange.fail()
 
     def open_websocket(
         self, request: Request, subprotocol: str | None, headers: Any
