@@ -9,14 +9,19 @@ is said in bytes. The C units try every frame in every delivery, and the Autobah
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import queue
 import socket
 import struct
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import anyio
 import pytest
 import websockets.sync.client
 from live import SOON, Client, Live, get
@@ -951,6 +956,288 @@ def test_a_task_may_send_while_another_receives(asgi):
     assert [raw.frame()[1] for _ in range(3)] == [b"0", b"1", b"2"]
     raw.send(frame(TEXT, b"end"))
     assert raw.frame() == (TEXT, b"end")
+
+
+# ---- the task that receives ----------------------------------------------------------
+# It goes on with a message in the core's turn, and without asyncio stepping it. So each
+# of these is played twice: over a WebSocket, and in a plain task that reads a queue.
+
+
+async def suppresses(seen: list[Any]) -> str:
+    try:
+        await asyncio.sleep(SOON)
+    except asyncio.CancelledError as error:
+        seen.append(error.args)
+    return "suppressed"
+
+
+async def cancels_itself_and_receives(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    asyncio.current_task().cancel("why")
+    seen.append("still here")
+    try:
+        await receive()
+    except asyncio.CancelledError as error:
+        seen.append(error.args)
+    await asyncio.sleep(0)
+
+
+async def cancels_itself_and_sleeps(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    asyncio.current_task().cancel("why")
+    await suppresses(seen)
+    raise ValueError("awake")
+
+
+async def cancels_itself_and_gives_way(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    asyncio.current_task().cancel()
+    await asyncio.sleep(0)
+    seen.append("not reached")
+
+
+async def cancels_itself_and_awaits_who_suppresses_it(
+    receive: Any, seen: list[Any]
+) -> None:
+    await receive()
+    inner = asyncio.create_task(suppresses(seen))
+    await asyncio.sleep(0)
+    await receive()
+    asyncio.current_task().cancel("why")
+    seen.append(await inner)
+
+
+async def cancels_itself_and_returns(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    asyncio.current_task().cancel("why")
+
+
+async def cancels_itself_and_raises(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    asyncio.current_task().cancel()
+    raise ValueError("first")
+
+
+async def takes_it_back(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    task = asyncio.current_task()
+    task.cancel()
+    if hasattr(task, "uncancel"):
+        seen.append(task.uncancel())
+    try:
+        await receive()
+        seen.append("received")
+    except asyncio.CancelledError:
+        seen.append("cancelled")
+
+
+async def is_cancelled_by_another(receive: Any, seen: list[Any]) -> None:
+    for _ in range(MESSAGES):
+        await receive()
+    asyncio.get_running_loop().call_soon(asyncio.current_task().cancel, "why")
+    try:
+        await receive()
+    except asyncio.CancelledError as error:
+        seen.append(error.args)
+        raise
+
+
+async def is_who_it_was(receive: Any, seen: list[Any]) -> None:
+    task = asyncio.current_task()
+    NUMBER.set(1)
+    await receive()
+    seen.append((asyncio.current_task() is task, NUMBER.get()))
+    NUMBER.set(2)
+    await asyncio.sleep(0)
+    await receive()
+    seen.append((asyncio.current_task() is task, NUMBER.get()))
+    seen.append(await asyncio.create_task(in_a_child()))
+
+
+async def in_a_child() -> int:
+    return NUMBER.get()
+
+
+async def runs_out_of_time(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    for _ in range(2):
+        await receive()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(receive(), 0.01)
+    seen.append("late")
+
+
+async def receives_in_other_tasks(receive: Any, seen: list[Any]) -> None:
+    await asyncio.wait_for(receive(), SOON)
+    await asyncio.gather(receive(), receive())
+    seen.append("received")
+
+
+async def is_left_by_anyio(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    with anyio.move_on_after(0.01) as scope:
+        for _ in range(9):
+            await receive()
+    seen.append(scope.cancelled_caught)
+    async with anyio.create_task_group() as group:
+        group.start_soon(cancel, group)
+        await receive()
+    seen.append("left")
+
+
+async def cancel(group: Any) -> None:
+    group.cancel_scope.cancel()
+
+
+async def raises(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    raise LookupError("nothing")
+
+
+async def looks_at_itself(receive: Any, seen: list[Any]) -> None:
+    await receive()
+    task = asyncio.current_task()
+    seen.append((len(task.get_stack(limit=1)), task in asyncio.all_tasks()))
+    seen.append((asyncio.iscoroutine(task.get_coro()), task.done()))
+
+
+NUMBER = contextvars.ContextVar("NUMBER", default=0)
+SCENES = [
+    cancels_itself_and_receives,
+    cancels_itself_and_sleeps,
+    cancels_itself_and_gives_way,
+    cancels_itself_and_awaits_who_suppresses_it,
+    cancels_itself_and_returns,
+    cancels_itself_and_raises,
+    takes_it_back,
+    is_cancelled_by_another,
+    is_who_it_was,
+    runs_out_of_time,
+    receives_in_other_tasks,
+    is_left_by_anyio,
+    raises,
+    looks_at_itself,
+]
+MESSAGES = 3
+
+
+def fate(task: asyncio.Task[None]) -> str:
+    """How a task has ended."""
+    return "cancelled" if task.cancelled() else repr(task.exception())
+
+
+def in_a_plain_task(scene: Any) -> tuple[list[Any], str]:
+    async def main() -> tuple[list[Any], str]:
+        seen: list[Any] = []
+        messages: asyncio.Queue[str] = asyncio.Queue()
+        task = asyncio.create_task(scene(messages.get, seen))
+        for i in range(MESSAGES):
+            await asyncio.sleep(0)
+            messages.put_nowait(str(i))
+        await asyncio.wait([task])
+        return seen, fate(task)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_who_receives_is_in_a_task_like_any_other(asgi, scene):
+    ended = queue.SimpleQueue()
+
+    async def app(scope, receive, send):
+        await accept(receive, send)
+        seen = []
+        task = asyncio.current_task()
+        task.add_done_callback(lambda task: ended.put((seen, fate(task))))
+        await scene(receive, seen)
+
+    assert play(asgi(app), ended) == in_a_plain_task(scene)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_native_handler_that_receives_is_in_a_task_like_any_other(serve, scene, loop):
+    ended = queue.SimpleQueue()
+
+    async def handler(request):
+        socket = await request.websocket()
+        seen = []
+        task = asyncio.current_task()
+        task.add_done_callback(lambda task: ended.put((seen, fate(task))))
+        await scene(socket.receive, seen)
+
+    assert play(serve(handler, loop=loop), ended) == in_a_plain_task(scene)
+
+
+def play(live: Live, ended: queue.SimpleQueue[Any]) -> Any:
+    """Send messages, each in a turn of its own."""
+    raw = Raw(live.client())
+    for i in range(MESSAGES):
+        raw.send(frame(TEXT, b"%d" % i) + frame(PING))
+        if raw.frame()[0] == CLOSE:
+            break
+    found = ended.get(timeout=SOON)
+    live.log.until("failed" if "Error" in found[1] else "")
+    return found
+
+
+eager = pytest.mark.skipif(
+    sys.version_info < (3, 12),
+    reason="the task is followed as that of a request, which it is when it is made",
+)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "returns",
+        pytest.param("raises", marks=eager),
+        pytest.param("is cancelled", marks=eager),
+    ],
+)
+def test_nothing_of_a_websocket_is_left_to_the_collector(serve, how):
+    things = queue.SimpleQueue()
+
+    async def handler(request):
+        socket = await request.websocket()
+        things.put(weakref.ref(socket))
+        things.put(weakref.ref(asyncio.current_task()))
+        async for message in socket:
+            if how == "returns":
+                return
+            if how == "raises":
+                raise ValueError(message)
+            asyncio.current_task().cancel()
+
+    live = serve(handler)
+    gc.disable()
+    try:
+        raw = Raw(live.client())
+        raw.send(frame(TEXT, b"one"))
+        assert raw.closed()[0] == {"raises": 1011, "is cancelled": 1012}.get(how, 1000)
+        live.log.until("ValueError" if how == "raises" else "")
+        deadline = time.monotonic() + SOON
+        for thing in (things.get(timeout=SOON), things.get(timeout=SOON)):
+            while thing() is not None:
+                assert time.monotonic() < deadline
+    finally:
+        gc.enable()
+
+
+def test_a_traceback_of_who_received_tells_of_the_app_alone(asgi):
+    async def app(scope, receive, send):
+        await accept(receive, send)
+        await receive()
+        raise ValueError("oh dear")
+
+    live = asgi(app)
+    raw = Raw(live.client())
+    raw.send(frame(TEXT, b"go"))
+    assert raw.closed() == (1011, "")
+    live.log.until("ValueError: oh dear")
+    assert "_waiting.pyx" not in live.log.text
 
 
 # ---- native handlers -----------------------------------------------------------------
