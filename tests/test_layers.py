@@ -90,7 +90,7 @@ MODULES: dict[str, set[str]] = {
         *{"_core", "_blocks", "_dispatch", "_native", "_tls", "_waiting", "_watch"},
         *{"errors"},
     },
-    "_websocket": {"_core", "_asgi", "_waiting", "errors"},
+    "_websocket": {"_core", "_asgi", "_dispatch", "_waiting", "errors"},
     "_channel": {"_core", "_dispatch", "_waiting", "errors"},
     "eventloop": {"errors"},
     "websocket": {"_channel", "_core", "errors"},

@@ -11,13 +11,9 @@ from cpython.object cimport PyObject
 
 from prefork cimport _waiting
 from prefork._core cimport PF_HEAD_UPGRADE, Request
-from prefork._dispatch cimport Dispatcher, Follower
+from prefork._dispatch cimport Dispatcher, Follower, references
 from prefork._waiting cimport NOTHING, Stay, Waiter, joined, resume_all
 from prefork.errors import ClientDisconnected
-
-
-cdef extern from "Python.h":
-    Py_ssize_t refs "Py_REFCNT" (PyObject *thing)  # of an object, Cython makes one more
 
 
 cdef enum:
@@ -110,7 +106,7 @@ cdef class WebSocket(Follower):
 
     cdef Reception next_reception(self, bint iterates):
         cdef Reception reception = self.reception
-        if reception is None or refs(<PyObject *>reception) != 2:  # ours, a local one
+        if reception is None or references(<PyObject *>reception) != 2:  # ours, a local
             reception = self.reception = Reception.__new__(Reception)
             reception.socket = self
         reception.iterates = iterates

@@ -23,12 +23,9 @@ from prefork._core cimport (
     PF_HEAD_UPGRADE,
     Request,
 )
+from prefork._dispatch cimport references
 from prefork._waiting cimport NOTHING, Stay, Waiter, joined, resume_all
 from prefork.errors import ClientDisconnected
-
-
-cdef extern from "Python.h":
-    Py_ssize_t refs "Py_REFCNT" (PyObject *thing)  # of an object, Cython makes one more
 
 
 cdef str TYPE = sys.intern("type")
@@ -141,7 +138,7 @@ cdef class WebSocket(_asgi.Exchange):
     def receive(self):
         """The next message of the client."""
         cdef Reception reception = self.reception
-        if reception is None or refs(<PyObject *>reception) != 2:  # ours, a local one
+        if reception is None or references(<PyObject *>reception) != 2:  # ours, a local
             reception = self.reception = Reception.__new__(Reception)
             reception.socket = self
         return reception
