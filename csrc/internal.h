@@ -380,6 +380,8 @@ typedef struct pf__stamp {
 void pf__response_stamp_init(pf__stamp *stamp, const pf_options *options);
 void pf__response_stamp_update(pf__stamp *stamp, time_t second);
 const char *pf__response_reason(int status);
+/* HEAD, 1xx, 204, 304: all of it is its head. */
+bool pf__response_is_bodiless(const pf__answer *a);
 /* reason: NULL for the usual one. */
 int pf__response_begin(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
                        const char *reason, size_t reason_len, int64_t length);

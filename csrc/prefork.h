@@ -750,6 +750,9 @@ int pf_request_write_file(pf_request *request, int fd, int64_t offset, uint64_t 
          has not as many bytes; if it loses them later, its answer is cut short by a
          reset, with a notice. sendfile(2) has no MSG_NOSIGNAL: SIGPIPE is to be ignored,
          as Python does. */
+int pf_request_whole(pf_request *request, const char *data, size_t len, void *ref);
+      /* the whole body of an answer that was begun, of the length that its fields say, if
+         they do. Ends the loan, if it returns >= 0. 1: borrows data, as write_ref does */
 int pf_request_reset(pf_request *request); /* PF_ERR_STATE once bytes may be sent */
 int pf_request_end(pf_request *request);   /* ends the loan, whatever it returns */
 int pf_request_abort(pf_request *request); /* ends the loan; closes the connection so

@@ -483,6 +483,40 @@ borrow_bytes(pf_conn *conn, const char *data, size_t len, void *ref)
                   .kind = PF__SEGMENT_BORROWED, .data = data, .len = len, .ref = ref});
 }
 
+/* Before its head is complete: then another answer may still be given. */
+static int
+settle_length(pf__answer *a, size_t len)
+{
+    if ((a->flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED | PF__ANSWER_TRAILERS))
+        != PF__ANSWER_BEGUN)
+        return PF_ERR_STATE;
+    if (a->length < 0)
+        a->length = (int64_t)len;
+    if (a->length == (int64_t)len || pf__response_is_bodiless(a))
+        return 0;
+    return a->length > (int64_t)len ? PF_ERR_APP_BODY_SHORT : PF_ERR_APP_BODY_LONG;
+}
+
+int
+pf_request_whole(pf_request *r, const char *data, size_t len, void *ref)
+{
+    pf__buffer *out = &r->conn->out;
+    int rc = r->dead ? PF_ERR_CLOSED : settle_length(&r->answer, len);
+    if (rc < 0 || (rc = seal(r)) < 0)
+        return rc;
+    bool body = len > 0 && !(r->answer.flags & PF__ANSWER_NO_BODY);
+    bool borrow = body && ref != NULL && len >= PF__BORROW_MIN;
+    if (borrow)
+        rc = borrow_bytes(r->conn, data, len, ref);
+    else if (body && (rc = pf__buffer_reserve(pool(r), out, len)) == 0)
+        pf__buffer_put(out, data, len);
+    if (rc < 0)
+        return rc;
+    ended(r);
+    pf__conn_answered(r->conn);
+    return borrow;
+}
+
 int
 pf_request_answer(pf_request *r, int status, const char *type, size_t type_len,
                   const char *body, size_t len, void *ref)

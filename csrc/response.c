@@ -171,8 +171,8 @@ put_status_line(char *p, int status)
 }
 
 /* ---- the answer, piece by piece -----------------------------------------------------*/
-static bool
-has_no_body(const pf__answer *a)
+bool
+pf__response_is_bodiless(const pf__answer *a)
 {
     return a->head || a->status < 200 || a->status == 204 || a->status == 304;
 }
@@ -257,7 +257,7 @@ field_length(pf__answer *a, const char *value, size_t len)
 {
     int64_t length = pf__http_parse_length(value, len);
     if (length < 0 || (a->flags & PF__ANSWER_LENGTH)
-        || (a->length >= 0 && a->length != length && !has_no_body(a)))
+        || (a->length >= 0 && a->length != length && !pf__response_is_bodiless(a)))
         return PF_ERR_APP_LENGTH;
     a->flags |= PF__ANSWER_LENGTH;
     a->length = length;
@@ -415,11 +415,11 @@ put_framing(char *p, pf__answer *a)
         return PUT_LITERAL(p, "\r\n");
     }
     if (a->minor > 0 && a->status != 304) {
-        if (!has_no_body(a))
+        if (!pf__response_is_bodiless(a))
             a->flags |= PF__ANSWER_CHUNKED;
         return PUT_LITERAL(p, "Transfer-Encoding: chunked\r\n");
     }
-    if (!has_no_body(a))
+    if (!pf__response_is_bodiless(a))
         a->flags |= PF__ANSWER_CLOSE; /* to 1.0: the close is the end */
     return p;
 }
@@ -469,7 +469,7 @@ pf__response_seal(pf__pool *pool, pf__buffer *out, pf__answer *a,
     p = put_connection(p, a);
     p = PUT_LITERAL(p, "\r\n");
     out->len = (size_t)(p - out->data);
-    if (has_no_body(a))
+    if (pf__response_is_bodiless(a))
         a->flags |= PF__ANSWER_NO_BODY;
     a->flags |= PF__ANSWER_SEALED;
     return 0;
@@ -480,7 +480,7 @@ pf__response_seal(pf__pool *pool, pf__buffer *out, pf__answer *a,
 bool
 pf__response_announce_trailers(pf__answer *a)
 {
-    if (a->minor == 0 || has_no_body(a))
+    if (a->minor == 0 || pf__response_is_bodiless(a))
         return false;
     a->flags |= PF__ANSWER_TRAILERS;
     return true;
@@ -492,7 +492,8 @@ end_body(pf__pool *pool, pf__buffer *out, pf__answer *a)
 {
     if (a->flags & PF__ANSWER_TRAILED)
         return 0;
-    if (a->length >= 0 && a->written < (uint64_t)a->length && !has_no_body(a))
+    if (a->length >= 0 && a->written < (uint64_t)a->length
+        && !pf__response_is_bodiless(a))
         return PF_ERR_APP_BODY_SHORT;
     if (a->flags & PF__ANSWER_CHUNKED) {
         int rc = pf__buffer_reserve(pool, out, 3);
@@ -566,7 +567,7 @@ pf__response_whole(pf__pool *pool, pf__buffer *out, pf__answer *a, int status,
         return PF_ERR_APP_FIELD_VALUE;
     a->status = (uint16_t)status;
     a->length = (int64_t)len;
-    bool bodiless = has_no_body(a);
+    bool bodiless = pf__response_is_bodiless(a);
     size_t copied = copy && !bodiless ? len : 0;
     size_t room =
         STATUS_LINE_MAX + sizeof *stamp + FRAMING_MAX + type_len + 16 + copied;

@@ -389,6 +389,7 @@ cdef extern from "prefork.h" nogil:
     int pf_response_check_line(int status, const char *reason, size_t reason_len)
     int pf_response_check_field(const char *name, size_t name_len, const char *value,
                                 size_t value_len)
+    int pf_request_whole(pf_request *request, const char *data, size_t len, void *ref)
     int pf_request_write(pf_request *request, const char *data, size_t len)
     int pf_request_write_ref(pf_request *request, const char *data, size_t len,
                              void *ref)

@@ -1047,7 +1047,7 @@ cdef class Request:
         cdef Prepared *place = place_of(pair)
         if place.pair != <void *>pair or (place.text is NULL and not prepare(place)):
             return False
-        return pf_request_line(self.lent(), &place.line) == 0
+        return self.loan is not NULL and pf_request_line(self.loan, &place.line) == 0
 
     cdef int plain_field(self, bytes name, bytes value) except -1:
         """A field of bytes. One that speaks of the connection is ours to say, and is
@@ -1096,9 +1096,13 @@ cdef class Request:
 
     cdef int whole(self, bytes data) except -1:
         """The whole body, of an answer that was started; ends the loan."""
-        check(pf_request_set_length(self.lent(), PyBytes_GET_SIZE(data)))
-        self.put(data)
-        return self.conclude()
+        cdef int rc = pf_request_whole(self.lent(), PyBytes_AS_STRING(data),
+                                       PyBytes_GET_SIZE(data), <void *>data)
+        if rc < 0:
+            return check(rc)
+        if rc > 0:
+            Py_INCREF(data)
+        return self.ended()
 
     cdef int conclude(self) except -1:
         """end(), for who keeps nothing of the request."""

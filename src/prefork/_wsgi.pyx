@@ -29,7 +29,6 @@ from prefork._blocks cimport Blocks
 from prefork._tls cimport set_environ
 from prefork._watch cimport changes, watch, watches
 from prefork._core cimport (
-    PF_ERR_APP_BODY_LONG,
     PF_ERR_APP_BODY_SHORT,
     PF_FIELD_COOKIE,
     PF_FIELD_OTHER,
@@ -685,18 +684,8 @@ cdef class Answer:
 
     cdef int complete_now(self, bytes body) except -1:
         """Answer with a body that is whole."""
-        cdef Request request = self.request
         self.start_now()
-        cdef int64_t length = request.announced()
-        if length < 0:
-            return request.whole(body)
-        if not self.head:
-            if length != PyBytes_GET_SIZE(body):
-                raise core.error(PF_ERR_APP_BODY_SHORT
-                                 if length > PyBytes_GET_SIZE(body)
-                                 else PF_ERR_APP_BODY_LONG)
-            request.put(body)
-        return request.conclude()
+        return self.request.whole(body)
 
     cdef int complete_file_now(self, file) except -1:
         """Answer with a file, as much of it as was announced."""

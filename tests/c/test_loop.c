@@ -94,6 +94,41 @@ an_answer_in_pieces_is_framed_by_its_length(void)
     close_server();
 }
 
+/* Of what length a begun answer is, its fields may have said; or its body does. */
+static void
+a_whole_body_ends_an_answer_that_was_begun(void)
+{
+    open_server(0);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    assert(pf_request_whole(r, "hello", 5, NULL) == PF_ERR_STATE);
+    begin(r, -1);
+    assert(pf_request_whole(r, "hello", 5, NULL) == 0);
+    assert(says(hear_head(peer), "\r\nContent-Length: 5\r\n"));
+    assert(strcmp(hear_bytes(peer, 5), "hello") == 0);
+    say(peer, GET);
+    r = next_request();
+    begin(r, 4);
+    assert(pf_request_whole(r, "hello", 5, NULL) == PF_ERR_APP_BODY_LONG);
+    assert(pf_request_reset(r) == 0);
+    begin(r, -1);
+    assert(pf_request_field(r, "Content-Length", 14, "6", 1) == 0);
+    assert(pf_request_whole(r, "hello", 5, NULL) == PF_ERR_APP_BODY_SHORT);
+    assert(pf_request_reset(r) == 0);
+    begin(r, 5);
+    assert(pf_request_whole(r, "hello", 5, NULL) == 0);
+    hear_answer(peer);
+    say(peer, GET);
+    r = next_request();
+    assert(pf_request_begin(r, 304, -1) == 0);
+    assert(pf_request_field(r, "Content-Length", 14, "9", 1) == 0);
+    assert(pf_request_whole(r, "", 0, NULL) == 0);
+    assert(says(hear_head(peer), "\r\nContent-Length: 9\r\n"));
+    close(peer);
+    turn_until(nobody_is_connected);
+    close_server();
+}
+
 static void
 an_answer_of_unknown_length_is_chunked(void)
 {
@@ -1951,6 +1986,7 @@ main(void)
     an_idle_connection_holds_no_buffer();
     many_idle_connections_hold_no_buffer();
     an_answer_in_pieces_is_framed_by_its_length();
+    a_whole_body_ends_an_answer_that_was_begun();
     an_answer_of_unknown_length_is_chunked();
     an_answer_of_unknown_length_to_http_1_0_ends_with_its_connection();
     an_answer_to_head_has_no_body_and_claims_no_empty_one();
