@@ -1040,17 +1040,16 @@ pf_loop_borrow(pf_loop *loop)
 }
 
 /* Its thread may have been woken for it already; but then it has not looked yet, and
- * finding nothing it sleeps on without having left the kernel. */
+ * finding nothing it sleeps on without having left the kernel. Or it has looked, and
+ * waits at the door with a batch: so mail, which may free a listener that this names, is
+ * left to it. */
 bool
 pf_loop_poll(pf_loop *loop, pf_event *event)
 {
     pf__readiness ready;
     settle(loop, true);
-    if (loop->ready == NULL && pf__poller_wait(&loop->poller, &ready, 1, 0) == 1) {
+    if (loop->ready == NULL && pf__poller_wait(&loop->poller, &ready, 1, 0) == 1)
         dispatch(loop, &ready, NULL);
-        if (loop->has_mail)
-            heed_mail(loop);
-    }
     pf_conn *conn = loop->ready;
     bool whole = conn != NULL && conn->pending == PF_EVENT_REQUEST
                  && conn->request->refused == 0 && conn->request->body_done;

@@ -6,6 +6,8 @@
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <netinet/in.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -116,6 +118,39 @@ a_listener_may_be_released_just_when_somebody_connects(void)
     close_worker();
 }
 
+/* The loop's own thread may be about to handle a batch that names the listener. */
+static void *
+borrow_and_poll(void *unused)
+{
+    (void)unused;
+    pf_event event;
+    while (!pf_loop_borrow(loop))
+        sched_yield();
+    assert(pf_scoreboard_release(board, row, 7) == 0);
+    assert(!pf_loop_poll(loop, &event));
+    assert(loop->listeners != NULL);
+    pf_loop_return(loop);
+    return NULL;
+}
+
+static void
+a_listener_is_released_by_the_loops_own_thread(void)
+{
+    open_worker();
+    pf_loop_share(loop);
+    int listener = listen_tcp();
+    assert(pf_scoreboard_adopt(board, row, 7, listener) == 0);
+    quiet();
+    pthread_t borrower;
+    assert(pthread_create(&borrower, NULL, borrow_and_poll, NULL) == 0);
+    pf_event event;
+    while (loop->listeners != NULL)
+        assert(pf_loop_wait(loop, &event, 1, 5) == 0);
+    pthread_join(borrower, NULL);
+    close(listener);
+    close_worker();
+}
+
 /* ---- letters of others --------------------------------------------------------------*/
 /* As many descriptors as the receiver takes, by somebody who is not us. */
 static void
@@ -188,6 +223,7 @@ main(void)
 {
     an_adopted_listener_is_accepted_from_until_it_is_released();
     a_listener_may_be_released_just_when_somebody_connects();
+    a_listener_is_released_by_the_loops_own_thread();
     no_descriptor_of_a_letter_that_holds_too_many_is_kept();
     no_descriptor_of_another_user_is_kept();
 }
