@@ -310,10 +310,12 @@ a_prepared_field_is_put_as_the_field_is(void)
             int rc = field(&one, fields[i][0], fields[i][1]);
             char written[64];
             size_t len = out.len;
-            memcpy(written, out.data, len);
+            if (len > 0)
+                memcpy(written, out.data, len);
             empty();
             assert(pf__response_line(&pool, &out, &other, &line) == rc);
-            assert(out.len == len && memcmp(out.data, written, len) == 0);
+            assert(out.len == len);
+            assert(len == 0 || memcmp(out.data, written, len) == 0);
             assert(one.flags == other.flags && one.length == other.length);
             empty();
         }
