@@ -210,7 +210,8 @@ time_of(pf__deflate *d, const char *part, size_t len)
     return seconds;
 }
 
-/* A peer cannot have us copy its window again and again by saying that this is all. */
+/* A peer cannot have us copy its window again and again by saying that this is all: that
+ * cost 600 times as much. Under ThreadSanitizer, which zlib is without, it is 45. */
 static void
 check_last_blocks(void)
 {
@@ -219,9 +220,9 @@ check_last_blocks(void)
     there_and_back(&d, &peer, data, 65536, 65536);
     double usual = time_of(&peer, "\0\0\0\xff\xff", 5);
     double last = time_of(&peer, "\x03", 2);
-    if (last > 30 * usual)
+    if (last > 150 * usual)
         fprintf(stderr, "%g s for last blocks, %g s for others\n", last, usual);
-    assert(last <= 30 * usual);
+    assert(last <= 150 * usual);
     pf__deflate_close(&d);
     pf__deflate_close(&peer);
 }
