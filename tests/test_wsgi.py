@@ -388,6 +388,27 @@ def test_a_start_response_that_is_kept_answers_no_other_request(wsgi):
     assert [(a.status, a.body) for a in answers] == [(200, b"hi")] * len(targets)
 
 
+@pytest.mark.parametrize("called", [True, False])
+def test_a_start_response_that_is_called_behind_its_request_harms_nobody(wsgi, called):
+    kept: list[Any] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["QUERY_STRING"] == "keep":
+            kept.append(start_response)
+            return hello(environ, start_response) if called else []
+        try:
+            raise LookupError
+        except LookupError:
+            kept[0]("500 Wrong", [PLAIN], sys.exc_info())
+        return hello(environ, start_response)
+
+    live = wsgi(app, strict=False)
+    client = live.client()
+    answers = [client.ask(get(target)) for target in ("/?keep", "/", "/")]
+    assert [a.status for a in answers] == [200 if called else 500, 200, 200]
+    assert called or live.log.until("start_response")
+
+
 @pytest.mark.parametrize("way", ["iterated", "raised", "not started"])
 def test_an_environ_serves_again_behind_an_answer_of_another_kind(wsgi, way):
     def app(environ: dict[str, Any], start_response: Any) -> Any:

@@ -808,8 +808,8 @@ cdef class Request:
             pf_request_get_local(self.loan, local)
 
     cdef bint asks_for_head(self) noexcept:
-        """Whether the method is HEAD."""
-        return (self.head.flags & PF_HEAD_IS_HEAD) != 0
+        """Whether the method is HEAD; False of a request that is gone."""
+        return self.head is not NULL and (self.head.flags & PF_HEAD_IS_HEAD) != 0
 
     cdef size_t unsent(self) noexcept:
         """Bytes of the answer that the kernel has not taken."""
@@ -1199,6 +1199,7 @@ cdef class Request:
 
     def is_websocket(self):
         """Whether it asks to become a WebSocket. RequestError if it does so wrongly."""
+        self.known()
         return check(self.offered()) > 0
 
     cdef int switch(self, bytes subprotocol, fields) except -1:
