@@ -1321,6 +1321,25 @@ def test_a_native_handler_may_wait_before_it_accepts(serve):
     assert raw.closed() == (1000, "")
 
 
+def test_a_handshake_that_was_answered_cannot_be_accepted(serve):
+    outcome = queue.SimpleQueue()
+
+    async def accept_late(request):
+        with pytest.raises(ClientDisconnected) as told:
+            await request.websocket()
+        outcome.put(str(told.value))
+
+    async def handler(request):
+        asyncio.get_running_loop().call_soon(
+            lambda: tasks.append(asyncio.create_task(accept_late(request)))
+        )
+        return b"instead"
+
+    tasks: list[Any] = []
+    assert serve(handler).ask(get("/", *HANDSHAKE)).body == b"instead"
+    assert outcome.get(timeout=SOON) == "the request is over"
+
+
 @pytest.mark.parametrize(
     ("lines", "status"),
     [((), 400), (HANDSHAKE[:3], 426), (HANDSHAKE[:2] + HANDSHAKE[3:], 400)],

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 
 from prefork import _core
 from prefork._channel import WebSocket
-from prefork.errors import RequestError
+from prefork.errors import ClientDisconnected, RequestError
 
 if TYPE_CHECKING:
     from prefork.native import Request
 
 
 def check(request: Request) -> None:
-    """Raise RequestError, which answers it, for a request that is no handshake."""
+    """Raise RequestError, which answers it, for a request that is no handshake;
+    ClientDisconnected if it is over."""
+    if request.answered:
+        raise ClientDisconnected("the request is over")
     try:
         if request.is_websocket():
             return
