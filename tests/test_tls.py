@@ -29,7 +29,7 @@ import trustme
 from authority import Authority, Issued
 from cryptography import x509
 from live import GET, SOON, Held, Live, chunk, get, post
-from programs import SANITIZED, Program
+from programs import SANITIZED, Program, without_sanitizers
 from secure import SecureClient, dial, only
 from websockets.asyncio.client import connect
 
@@ -1097,6 +1097,7 @@ def s_client(
         stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        env=without_sanitizers(),
     )
 
 
@@ -1138,6 +1139,7 @@ def test_curl_is_served(secured, authority, version):
         + ["--resolve", f"localhost:{live.address[1]}:127.0.0.1"],
         input=body,
         capture_output=True,
+        env=without_sanitizers(),
     )
     assert (done.stdout.decode(), done.stderr) == (digest_of(body), b"")
 
@@ -1153,7 +1155,9 @@ def test_curl_presents_a_certificate(secured, authority, customer):
     command = [CURL, "-sS", "--cacert", str(authority.cas), "--max-time", str(SOON)]
     command += ["--cert", str(customer.cert), "--key", str(customer.key)]
     url = f"https://127.0.0.1:{live.address[1]}/"
-    done = subprocess.run([*command, url], capture_output=True)
+    done = subprocess.run(
+        [*command, url], capture_output=True, env=without_sanitizers()
+    )
     assert b"CN=Alice" in done.stdout, done.stderr
 
 
