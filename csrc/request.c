@@ -490,7 +490,7 @@ settle_length(pf__answer *a, size_t len)
     if ((a->flags & (PF__ANSWER_BEGUN | PF__ANSWER_SEALED | PF__ANSWER_TRAILERS))
         != PF__ANSWER_BEGUN)
         return PF_ERR_STATE;
-    if (a->length < 0)
+    if (a->length < 0 && (len > 0 || !a->head)) /* to HEAD, no body says nothing */
         a->length = (int64_t)len;
     if (a->length == (int64_t)len || pf__response_is_bodiless(a))
         return 0;

@@ -1592,6 +1592,13 @@ def test_204_has_no_content_length(wsgi):
     assert "content-length" not in answer and "transfer-encoding" not in answer
 
 
+@pytest.mark.parametrize("result", [[], [b""], iter(())], ids=["none", "one", "iter"])
+def test_no_body_for_head_does_not_say_that_get_has_none(wsgi, result):
+    """RFC 9110 8.6: a Content-Length is that of the answer to GET."""
+    live = wsgi(app_of(result), strict=False)
+    assert "content-length" not in live.ask(get(method="HEAD"))
+
+
 def test_304_keeps_the_content_length_of_what_it_stands_for(wsgi):
     fields = [("Content-Length", "1000")]
     answer = wsgi(app_of([], "304 Not Modified", fields)).ask()
