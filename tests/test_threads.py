@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -951,3 +952,27 @@ def test_a_crew_leaves_no_thread_behind(serve, interface):
         client.answer()
     live.stop()
     assert set(threading.enumerate()) <= before
+
+
+def test_a_thread_that_is_done_keeps_nothing_of_what_waited_for_it(serve):
+    crowd = Crowd(THREADS)
+    blocking = app_of("wsgi", crowd.wait)
+    things: list[weakref.ref[Crowd]] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        environ["thing"] = thing = Crowd(0)
+        things.append(weakref.ref(thing))
+        return blocking(environ, start_response)
+
+    live = serve(app, threads=THREADS)
+    clients = block(live, crowd, THREADS)
+    behind = [live.client() for _ in range(THREADS)]
+    for client in behind:
+        client.send(GET)
+    live.until(lambda stats: stats["lent"] == 2 * THREADS)
+    crowd.go.set()
+    for client in clients + behind:
+        client.answer()
+    deadline = time.monotonic() + SOON
+    while any(thing() is not None for thing in things):
+        assert time.monotonic() < deadline

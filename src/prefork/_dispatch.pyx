@@ -641,8 +641,7 @@ cdef class Dispatcher:
                 self.lead()
                 continue
             if self.waiting:
-                method, *arguments = self.waiting.popleft()
-                method(*arguments)
+                self.run_next()
                 continue
             self.standing += 1
             try:
@@ -656,6 +655,11 @@ cdef class Dispatcher:
                 self.lead()
             elif reason == PF_CREW_CLOSED:
                 return
+
+    def run_next(self):
+        """What waits longest; who then lies down keeps nothing of it."""
+        method, *arguments = self.waiting.popleft()
+        method(*arguments)
 
     def stop(self):
         """The crew has nothing more to do. Any thread of it, and the main one."""
