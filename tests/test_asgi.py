@@ -196,6 +196,19 @@ def test_header_names_are_lower_case_and_values_as_sent_in_their_order(scope_of)
     ]
 
 
+def test_what_an_app_does_inside_an_extension_does_not_reach_the_next_one(asgi):
+    async def app(scope, receive, send):
+        extensions = scope["extensions"]
+        told = repr([name for name in extensions if extensions[name]])
+        for inner in extensions.values():
+            inner["mine"] = 1
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": told.encode()})
+
+    live = asgi(app)
+    assert [live.ask().body for _ in range(3)] == [b"[]"] * 3
+
+
 def test_what_an_app_does_to_its_scope_does_not_reach_the_next_one(asgi):
     seen = []
 

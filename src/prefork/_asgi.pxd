@@ -55,6 +55,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
     cdef bint eager        # a task has begun when it is made
     cdef bint shares       # one may run apps of several requests
 
+    cdef int clear_extensions(self) except -1
     cdef int set_ends(self, dict scope, Request request) except -1
     cdef int set_origin(self, dict scope, Request request) except -1
     cdef int set_path(self, dict scope, const pf_head *head,

@@ -215,6 +215,14 @@ cdef Mapping mapping_of(str name, dict original):
     return found
 
 
+cdef Mapping extensions_of(names):
+    """What they tell of themselves is in dicts of their own, which are empty."""
+    cdef dict original = {name: {} for name in names}
+    for inner in original.values():
+        watch(inner)
+    return mapping_of(EXTENSIONS, original)
+
+
 cdef Pairs pairs_of(list pairs):
     cdef Pairs found = Pairs.__new__(Pairs)
     found.original, found.lent = tuple(pairs), []
@@ -262,7 +270,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         self.root_path = root_path
         self.raw_root = root_path.encode()
         self.versions = mapping_of(ASGI, VERSIONS)
-        self.extensions = mapping_of(EXTENSIONS, {name: {} for name in extensions})
+        self.extensions = extensions_of(extensions)
         self.state = mapping_of(STATE, state)
         self.blocks = Blocks()
 
@@ -354,11 +362,19 @@ cdef class Dispatcher(_dispatch.Dispatcher):
             self.blocks.keep(head, data, pairs_of(pairs))
         return pairs
 
+    cdef int clear_extensions(self) except -1:
+        """An app may have changed what is inside of them."""
+        if any(self.extensions.original.values()):
+            self.extensions = extensions_of(list(self.extensions.original))
+        return 0
+
     cdef dict scope(self, Request request):
         """The scope of a request on loan."""
         cdef const pf_head *head = request.head
         cdef const char *data = request.bytes()
         cdef dict scope
+        if not watches or self.extensions.seen != changes:
+            self.clear_extensions()
         self.versions.lend(self.template)
         self.extensions.lend(self.template)
         self.state.lend(self.template)
