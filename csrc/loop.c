@@ -1041,14 +1041,16 @@ pf_loop_borrow(pf_loop *loop)
 
 /* Its thread may have been woken for it already; but then it has not looked yet, and
  * finding nothing it sleeps on without having left the kernel. Or it has looked, and
- * waits at the door with a batch: so mail, which may free a listener that this names, is
- * left to it. */
+ * waits at the door with a batch. So a borrower sees to connections alone: mail may free
+ * a listener that this batch names, and who accepts is to think of the other workers. All
+ * of that is level-triggered, and so still there for the loop's own thread. */
 bool
 pf_loop_poll(pf_loop *loop, pf_event *event)
 {
     pf__readiness ready;
     settle(loop, true);
-    if (loop->ready == NULL && pf__poller_wait(&loop->poller, &ready, 1, 0) == 1)
+    if (loop->ready == NULL && pf__poller_wait(&loop->poller, &ready, 1, 0) == 1
+        && ((pf__source *)ready.data.ptr)->kind == PF__SOURCE_CONN)
         dispatch(loop, &ready, NULL);
     pf_conn *conn = loop->ready;
     bool whole = conn != NULL && conn->pending == PF_EVENT_REQUEST

@@ -82,8 +82,7 @@ cdef class Dispatcher:
     cdef int settle_account(self, Request request) except -1
     cdef int expect_to_block(self) except -1
     cdef bint claim(self) except -1
-    cdef int deliver_here(self, function, tuple arguments, bint last) except -1
-    cdef int take_another(self) except -1
+    cdef bint take_another(self) except -1
     cdef int offer(self) except -1
     cdef int nudge(self) except -1
     cdef int lead(self) except -1

@@ -643,6 +643,8 @@ cdef class Dispatcher:
             if self.waiting:
                 self.run_next()
                 continue
+            if self.take_another():
+                continue
             self.standing += 1
             try:
                 reason = self.crew.stand_by(self.loop)
@@ -709,43 +711,38 @@ cdef class Dispatcher:
         asleep in the loop it is called here and now, which spares a wake-up, and two
         changes of the GIL's hands.
         """
-        self.deliver_here(function, arguments, False)
-
-    def deliver_last(self, function, *arguments):
-        """The same for the last that this thread does for its request."""
-        self.deliver_here(function, arguments, True)
-
-    cdef int deliver_here(self, function, tuple arguments, bint last) except -1:
         if not self.loop.borrow():
             self.post(function, *arguments)
-            return 0
+            return
         try:
             function(*arguments)
-            if last and self.loop.put_off is None:
-                self.take_another()
         except BaseException as error:
             self.fatal = error
             self.stop()
         finally:
             self.loop.give_back()
-        return 0
 
-    cdef int take_another(self) except -1:
-        """With the loop borrowed: where handlers block, a thread that is done looks for
-        its next request before it lies down.
+    cdef bint take_another(self) except -1:
+        """Where handlers block, a thread that is done looks for its next request, in a
+        loop whose own one is asleep, before it lies down.
 
         That spares waking one thread to lead and another to work: what handlers that
         block cost is the changes of threads.
         """
         cdef pf_event event
         cdef Request request
-        if (self.eager == 0 or not self.simple or self.waiting
-                or not self.loop.poll(&event)):
-            return 0
-        request = self.make()
-        request.lend(self.loop, event.request)
-        request.hold()
-        request.detach()
-        request.handed_on = monotonic()
-        self.waiting.append(self.job(request))
-        return 0
+        cdef bint found = False
+        if self.eager == 0 or not self.simple or not self.loop.borrow():
+            return False
+        try:
+            found = self.loop.poll(&event)
+            if found:
+                request = self.make()
+                request.lend(self.loop, event.request)
+                request.hold()
+                request.detach()
+                request.handed_on = monotonic()
+                self.waiting.append(self.job(request))
+        finally:
+            self.loop.give_back()
+        return found

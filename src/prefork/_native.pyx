@@ -203,7 +203,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
         if self.leave(request):
             self.settle(request, result, error)
         elif type(result) is bytes or type(result) is str:
-            self.deliver_last(self.settle, request, result, error)
+            self.deliver(self.settle, request, result, error)
         else:
             self.post(self.settle, request, result, error)
         return 0

@@ -949,11 +949,8 @@ cdef class Answer:
         dispatcher.check_fork(error)
         self.parts = None
         if not dispatcher.leave(self.request):
-            if self.closing is None and self.input is None:
-                dispatcher.deliver_last(self.end_now, body, error)
-            else:
-                dispatcher.deliver(self.end_now, body, error)
-                self.clean_up()
+            dispatcher.deliver(self.end_now, body, error)
+            self.clean_up()
             return 0
         try:
             self.end_now(body, error)
