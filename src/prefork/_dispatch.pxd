@@ -83,6 +83,7 @@ cdef class Dispatcher:
     cdef int expect_to_block(self) except -1
     cdef bint claim(self) except -1
     cdef bint take_another(self) except -1
+    cdef int put_off(self, Request request) except -1
     cdef int offer(self) except -1
     cdef int nudge(self) except -1
     cdef int lead(self) except -1

@@ -405,10 +405,15 @@ cdef class Dispatcher:
         """Call the handler, or have it called by the thread that is free next."""
         if self.crew is None or self.standing > 0:
             return self.perform(request)
+        self.put_off(request)
+        return self.offer()
+
+    cdef int put_off(self, Request request) except -1:
+        """Have it wait for the thread that is free next."""
         request.hold()
         request.detach()
         self.waiting.append(self.job(request))
-        return self.offer()
+        return 0
 
     cdef int offer(self) except -1:
         """What waits is for who stands by: they may have become free while it was made,
@@ -739,10 +744,8 @@ cdef class Dispatcher:
             if found:
                 request = self.make()
                 request.lend(self.loop, event.request)
-                request.hold()
-                request.detach()
                 request.handed_on = monotonic()
-                self.waiting.append(self.job(request))
+                self.put_off(request)
         finally:
             self.loop.give_back()
         return found
