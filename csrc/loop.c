@@ -26,6 +26,7 @@ enum {
     CROWDED = 6,          /* connections more than another, to pass one on */
     MANY = 128,           /* connections, of which a smaller part is too many */
     BALANCE_MS = 100,     /* between two looks at the others' loads */
+    UNEVEN_MS = 1,        /* the same, where fewer were quiet than are too many */
     BALANCE_SCAN = 256,   /* connections looked at for quiet ones */
     LATELY_MS = 128,      /* in which connections that are gone count, too */
     SAMPLE = 4,           /* other workers compared with for each connection */
@@ -501,7 +502,9 @@ pass_on(pf_loop *loop, int fd, const pf__origin *origin)
 }
 
 /* Loads drift apart as peers leave, and a burst can fill a mailbox: so now and then, on
- * the way to sleep, quiet connections are passed on, half the difference at once. */
+ * the way to sleep, quiet connections are passed on, half the difference at once. Where
+ * handlers take their time hardly any is quiet, and none for long: then it looks again
+ * soon. */
 static void
 balance(pf_loop *loop)
 {
@@ -524,6 +527,8 @@ balance(pf_loop *loop)
         pf__conn_leave(conn);
         more--;
     }
+    if (more > 0)
+        loop->balance_at = loop->now + UNEVEN_MS;
 }
 
 static void

@@ -220,6 +220,39 @@ def test_quiet_connections_move_to_a_worker_that_has_come_late(fleet, board):
     assert all(answer.startswith(b"HTTP/1.1 200 OK\r\n") for answer in answers)
 
 
+def test_busy_connections_move_between_two_requests(fleet, board):
+    one = fleet(1)
+    one.connect(80)
+    ask_for = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    waiting: dict[tuple[str, int], _core.Request] = {}
+
+    def take(timeout: float) -> None:
+        for loop in one.loops:
+            for flags, request, _ in loop.wait(timeout):
+                if flags & _core.REQUEST:
+                    waiting[request.client] = request
+
+    def ask_all(clients: list[socket.socket]) -> None:
+        for client in clients:
+            client.sendall(ask_for)
+        deadline = time.monotonic() + SOON
+        while len(waiting) < len(one.clients) and time.monotonic() < deadline:
+            take(0)
+        assert len(waiting) == len(one.clients)
+
+    ask_all(one.clients)
+    one.add(1, one.listeners[0])
+    for client in one.clients:  # all but one are being answered, at any time
+        waiting.pop(client.getsockname()).respond(200, [], b"")
+        take(0.002)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        ask_all([client])
+    assert one.held[1] >= 30
+    for request in waiting.values():
+        request.respond(200, [], b"")
+    one.until(lambda: board.totals()["lent"] == 0)
+
+
 def test_a_passed_connection_is_answered_and_knows_its_peer(fleet, board):
     one = fleet(2, reuseport=False)
     one.connect(60)
