@@ -8,6 +8,7 @@ break a rule, it is left out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -1127,6 +1128,51 @@ def test_what_is_wrong_with_a_head_is_raised_in_the_app_s_own_call(
     answer = wsgi(app, strict=False).ask()
     assert (answer.status, answer.reason, answer.body) == (503, "Mine", b"hi")
     assert len(raised) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda start: start("201 Made", headers=[PLAIN]),
+        lambda start: start(headers=[PLAIN], status="201 Made"),
+        lambda start: start("201 Made", [PLAIN], exc_info=None),
+        lambda start: start("201 Made", [PLAIN], None),
+        lambda start: start(*["201 Made", [PLAIN]]),
+        lambda start: functools.partial(start, "201 Made")([PLAIN]),
+    ],
+)
+def test_start_response_takes_its_arguments_in_any_way(wsgi, call):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        call(start_response)
+        return [b"hi"]
+
+    answer = wsgi(app, strict=False).ask()
+    assert (answer.status, answer.reason, answer.body) == (201, "Made", b"hi")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda start: start(),
+        lambda start: start("200 OK", [PLAIN], None, None),
+        lambda start: start("200 OK", [PLAIN], headers=[PLAIN]),
+        lambda start: start("200 OK", [PLAIN], fields=[PLAIN]),
+        lambda start: start(headers=[PLAIN]),
+    ],
+)
+def test_start_response_with_other_arguments_is_a_type_error(wsgi, call):
+    raised: list[TypeError] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        try:
+            call(start_response)
+        except TypeError as wrong:
+            raised.append(wrong)
+        start_response("200 OK", [PLAIN])
+        return [b"hi"]
+
+    assert wsgi(app, strict=False).ask().body == b"hi"
+    assert "__call__()" in str(raised[0])
 
 
 def test_start_response_called_twice_is_a_500(wsgi):
