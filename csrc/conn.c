@@ -70,6 +70,10 @@ drop_request(pf_conn *conn)
 static void
 set_deadlines(pf_conn *conn, int64_t read_deadline)
 {
+    int64_t last = conn->loop->read_until;
+    if (PF__UNLIKELY(last != 0) && last < read_deadline
+        && conn->phase <= PF__PHASE_BODY)
+        read_deadline = last;
     conn->read_deadline = read_deadline;
     int64_t first = read_deadline, write = conn->write_deadline;
     if (write != 0 && (first == 0 || write < first))
@@ -1300,6 +1304,8 @@ pf__conn_drain(pf_conn *conn, bool now)
 {
     if (conn->phase == PF__PHASE_WEBSOCKET)
         drain_websocket(conn, now);
+    if (conn->phase <= PF__PHASE_BODY)
+        set_deadlines(conn, conn->read_deadline); /* which may be too late by now */
     if (!is_waiting(conn))
         return;
     if (now && pf__output_unsent(conn) == 0) {

@@ -748,6 +748,7 @@ struct pf_loop {
     int64_t balance_at;   /* when to compare loads again */
     int64_t mail_until;   /* in a drain, for what was promised */
     int64_t accept_until; /* in a drain, of quiesced listeners */
+    int64_t read_until;   /* in a drain, what is not yet a request; 0: for ever */
     bool draining, drained, closed, embedded, woken, has_mail;
     bool signalled;      /* woken by Python's signal handler, which writes the number */
     atomic_bool entered; /* a thread is in here: for assertions only */

@@ -1113,8 +1113,11 @@ pf_loop_drain(pf_loop *loop, bool sweep)
     loop->draining = true;
     __atomic_store_n(&loop->row->state, PF_ROW_DRAINING, __ATOMIC_SEQ_CST);
     pf_loop_touch(loop);
-    if (!again)
+    if (!again) {
         loop->mail_until = loop->now + LATE_MS;
+        if (loop->options.drain_read_ms > 0)
+            loop->read_until = loop->now + loop->options.drain_read_ms;
+    }
     if (sweep && !again && all_quiesced(loop)) {
         int64_t late = loop->options.drain_idle_ms;
         loop->accept_until = loop->now + (late < LATE_MS ? late : LATE_MS);

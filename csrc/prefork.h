@@ -521,6 +521,8 @@ typedef struct pf_options {
     uint32_t tls_timeout_ms;          /* from accept to the end of the TLS handshake */
     uint32_t linger_timeout_ms;       /* reading on after a refusal, before close */
     uint32_t drain_idle_ms;           /* lame duck of idle connections in a drain */
+    uint32_t drain_read_ms;           /* until then a drain waits for what peers have
+                                         begun to say; 0: as long as otherwise */
     uint32_t min_body_rate;           /* bytes a second, after read_timeout; 0: none */
     uint32_t read_buffer_size;        /* first size of a connection's buffer */
     uint32_t max_target_size;         /* then 414 */

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
-from programs import Program, ask, kill
+from programs import Program, ask, connect, kill, read_all
 
 from prefork import cli
 from prefork.config import DEFAULTS, OPTIONS, Config, variable
@@ -117,6 +117,27 @@ def test_options_come_from_the_environment_too(run, tmp_path):
     assert "with 1 workers" in program.stderr
     program.signal_group(signal.SIGINT)
     assert program.wait() == 0
+
+
+def test_a_client_that_never_says_all_does_not_cost_a_worker_its_orderly_exit(
+    run, tmp_path
+):
+    """Its header_timeout is longer than the grace period."""
+    (tmp_path / "last.py").write_text(
+        "import atexit, pathlib\n"
+        "atexit.register(pathlib.Path('left').touch)\n"
+        "def app(request): return 'ok'\n"
+    )
+    path = tmp_path / "sock"
+    program = run("last:app", f"-bunix:{path}", "-w1", "--shutdown-grace-period=4")
+    with connect(serving(program, path)) as client:
+        client.sendall(REQUEST[:-2])
+        assert ask(f"unix:{path}", REQUEST).endswith(b"\r\n\r\nok")  # it was read
+        program.signal(signal.SIGTERM)
+        assert read_all(client).startswith(b"HTTP/1.1 408 ")
+    assert program.wait() == 0
+    assert (tmp_path / "left").exists()
+    assert "grace period over" not in program.stderr
 
 
 def test_limits_reach_the_server(run, tmp_path):

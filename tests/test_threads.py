@@ -905,7 +905,7 @@ def test_threads_of_a_crew_do_not_press_forward_where_handlers_block(serve, inte
     client = live.client()
     for _ in range(20):
         client.ask(get("/slow"))
-    assert seen[0] == os.SCHED_OTHER and seen[-1] == os.SCHED_BATCH
+    assert seen[0] == os.SCHED_OTHER and os.SCHED_BATCH in seen
 
 
 def test_after_handlers_that_blocked_fast_ones_share_a_thread_again(serve, interface):

@@ -251,7 +251,8 @@ cdef extern from "prefork.h" nogil:
     ctypedef struct pf_options:
         uint32_t max_connections, max_connections_per_ip, max_requests
         uint32_t header_timeout_ms, read_timeout_ms, write_timeout_ms
-        uint32_t idle_timeout_ms, linger_timeout_ms, drain_idle_ms, tls_timeout_ms
+        uint32_t idle_timeout_ms, linger_timeout_ms, drain_idle_ms, drain_read_ms
+        uint32_t tls_timeout_ms
         uint32_t min_body_rate, read_buffer_size, max_target_size, max_field_size
         uint32_t max_header_size, max_fields
         uint64_t max_body_size

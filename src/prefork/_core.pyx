@@ -354,6 +354,8 @@ cdef int read_options(pf_options *o, dict given, list keep) except -1:
             o.linger_timeout_ms = value
         elif name == "drain_idle_ms":
             o.drain_idle_ms = value
+        elif name == "drain_read_ms":
+            o.drain_read_ms = value
         elif name == "min_body_rate":
             o.min_body_rate = value
         elif name == "read_buffer_size":

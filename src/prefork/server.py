@@ -247,7 +247,9 @@ class Server:
         own: list[listeners.Listener],
     ) -> None:
         tls = self._load_certificates() if self.tls is None else self.tls
-        core = _core.Loop(**loop_options(self.config, self.interface))
+        patience = (self._grace or 0.0) * asgi.PATIENCE
+        options = loop_options(self.config, self.interface)
+        core = _core.Loop(**options, drain_read_ms=_ms(patience))
         core.trust = trust_of(self.config)
         if self._seat is not None:
             core.attach(*self._seat)

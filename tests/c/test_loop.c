@@ -1687,6 +1687,52 @@ a_drain_waits_for_loans(void)
     close_server();
 }
 
+/* However late it was begun, or goes on. */
+static void
+what_is_half_said_has_no_longer_than_the_drain(void)
+{
+    static const char *const starts[] = {"GET / HT", POST_5 "he"};
+    static const char *const more[] = {"T", "l"};
+    for (int i = 0; i < 2; i++) {
+        options.drain_read_ms = SHORT_MS;
+        options.min_body_rate = 0;
+        open_server(0);
+        int early = peer_saying(starts[i]), late = connected_peer();
+        quiet(5);
+        begin_timing();
+        assert(pf_loop_drain(loop, true) == 0);
+        say(late, starts[i]);
+        quiet(5);
+        say(early, more[i]);
+        assert(strncmp(hear_answer(early), "HTTP/1.1 408 ", 13) == 0);
+        took_a_short_time();
+        assert(strncmp(hear_answer(late), "HTTP/1.1 408 ", 13) == 0);
+        close(early);
+        close(late);
+        drained();
+        close_server();
+    }
+}
+
+static void
+a_handler_that_reads_its_body_is_not_hurried_by_a_drain(void)
+{
+    options.drain_read_ms = 1;
+    open_server(PF_OPTION_LEND_HEADS);
+    int peer = peer_saying(POST_5 "he");
+    pf_request *r = next_request();
+    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_request_want_body(r, PF_WANT_WHOLE) == 0);
+    quiet(SHORT_MS);
+    say(peer, "llo");
+    expect_event(PF_EVENT_BODY, r);
+    answer(r, "x");
+    hear_answer(peer);
+    close(peer);
+    drained();
+    close_server();
+}
+
 static void
 a_drain_is_done_when_the_loan_of_a_lost_peer_ends(void)
 {
@@ -2075,6 +2121,8 @@ main(void)
     a_drain_gives_idle_connections_a_while();
     a_request_that_comes_in_a_drain_is_the_last();
     a_drain_waits_for_loans();
+    what_is_half_said_has_no_longer_than_the_drain();
+    a_handler_that_reads_its_body_is_not_hurried_by_a_drain();
     a_drain_is_done_when_the_loan_of_a_lost_peer_ends();
     a_second_drain_closes_idle_connections_at_once();
     a_sweep_serves_who_is_waiting_in_the_queue();
