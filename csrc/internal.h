@@ -746,6 +746,7 @@ struct pf_loop {
     int wake_write;
     int64_t accept_again; /* when accepting was paused: retry then */
     int64_t balance_at;   /* when to compare loads again */
+    uint32_t fruitless;   /* such comparisons, since one was followed by something */
     int64_t mail_until;   /* in a drain, for what was promised */
     int64_t accept_until; /* in a drain, of quiesced listeners */
     int64_t read_until;   /* in a drain, what is not yet a request; 0: for ever */

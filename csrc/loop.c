@@ -26,7 +26,8 @@ enum {
     CROWDED = 6,          /* connections more than another, to pass one on */
     MANY = 128,           /* connections, of which a smaller part is too many */
     BALANCE_MS = 100,     /* between two looks at the others' loads */
-    UNEVEN_MS = 1,        /* the same, where fewer were quiet than are too many */
+    UNEVEN_MS = 1,        /* the same, where fewer were quiet than are too many, */
+    FRUITLESS_MAX = 64,   /* unless so many looks have found none */
     BALANCE_SCAN = 256,   /* connections looked at for quiet ones */
     LATELY_MS = 128,      /* in which connections that are gone count, too */
     SAMPLE = 4,           /* other workers compared with for each connection */
@@ -504,7 +505,7 @@ pass_on(pf_loop *loop, int fd, const pf__origin *origin)
 /* Loads drift apart as peers leave, and a burst can fill a mailbox: so now and then, on
  * the way to sleep, quiet connections are passed on, half the difference at once. Where
  * handlers take their time hardly any is quiet, and none for long: then it looks again
- * soon. */
+ * soon. (Those of TLS never are: so it gives that up.) */
 static void
 balance(pf_loop *loop)
 {
@@ -517,6 +518,7 @@ balance(pf_loop *loop)
     uint32_t own = loop->row->stats.connections, load = load_of(row);
     uint32_t more = own > load ? (own - load) / 2 : 0; /* it may have grown just now */
     pf_conn *conn = loop->conns, *next;
+    loop->fruitless++;
     for (int i = 0; i < BALANCE_SCAN && conn != NULL && more > 0; i++, conn = next) {
         next = conn->next;
         if (!pf__conn_is_quiet(conn))
@@ -525,9 +527,10 @@ balance(pf_loop *loop)
         if (!pass_to(loop, row, conn->source.fd, &origin))
             return;
         pf__conn_leave(conn);
+        loop->fruitless = 0;
         more--;
     }
-    if (more > 0)
+    if (more > 0 && loop->fruitless < FRUITLESS_MAX)
         loop->balance_at = loop->now + UNEVEN_MS;
 }
 

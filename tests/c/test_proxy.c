@@ -653,6 +653,46 @@ open_member(void)
     return loop;
 }
 
+/* Many that are never quiet are looked at every millisecond, but not for ever. */
+static void
+who_finds_nobody_to_pass_on_looks_less_often(void)
+{
+    int fds[MANY];
+    pf_request *held[MANY];
+    assert(pf_scoreboard_open(&board, 4) == 0);
+    pf_loop *other = open_member(), *own = open_member();
+    own->balance_at = INT64_MAX;
+    for (int i = 0; i < MANY; i++) {
+        fds[i] = accept_from(&proxy);
+        say(fds[i], VERSION_1);
+        say(fds[i], REQUEST);
+        held[i] = next_request();
+    }
+    int soon = 0;
+    for (int i = 0; i < 200; i++) {
+        loop = other;
+        assert(turn() == 0); /* it is there */
+        loop = own;
+        own->balance_at = 0;
+        assert(turn() == 0);
+        soon += own->balance_at <= own->now + 1;
+    }
+    assert(soon > 50 && soon < 100 && own->row->stats.passed_on == 0);
+    queue_answer(held[0]);
+    own->balance_at = 0;
+    assert(turn() == 0);
+    assert(own->row->stats.passed_on == 1 && own->balance_at <= own->now + 1);
+    for (int i = 1; i < MANY; i++)
+        queue_answer(held[i]);
+    loop = own;
+    close_loop();
+    loop = other;
+    close_loop();
+    pf_scoreboard_close(board);
+    for (int i = 0; i < MANY; i++)
+        close(fds[i]);
+}
+
 /* Introduced connections are not asked again where they go, others are. */
 static void
 what_is_passed_on_takes_its_introduction_along(void)
@@ -797,6 +837,7 @@ main(void)
     connections_are_counted_for_the_client_and_not_for_its_proxy();
     a_proxied_connection_that_waits_holds_no_buffer();
     a_drain_closes_a_connection_that_has_not_introduced_itself();
+    who_finds_nobody_to_pass_on_looks_less_often();
     what_is_passed_on_takes_its_introduction_along();
 
     forwarded_fields_are_lent_from_listed_peers_only();
