@@ -2,7 +2,8 @@
 
 Two workers of 256 threads serve a WSGI app; wrk makes the load, and all share the CPUs.
 
-    sleep   every request sleeps 100 ms; 512 connections allow 5,120 a second at most
+    sleep   every request sleeps 100 ms; 512 connections allow 5,120 a second at most.
+            Beside it, in turn: sleepers.c, which does nothing but read, sleep and write
     mixed   one request in ten does; told is the latency of the nine others
 """
 
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import cpu
+import programs
 import servers
 
 SLEEP, CONNECTIONS = 0.1, 512
@@ -30,6 +32,19 @@ def app(environ, start_response):
         time.sleep(SLEEP)
     start_response("200 OK", [("Content-Length", "13")])
     return [b"Hello, World!"]
+
+
+@contextmanager
+def sleepers() -> Iterator[tuple[int, list[int]]]:
+    """The limit; the same."""
+    command = [programs.program("sleepers")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline()), [process.pid]
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextmanager
@@ -65,7 +80,7 @@ def told(text: str) -> tuple[int, float, str]:
     return int(requests[1]), float(match[1]) * factor, errors[0] if errors else "0"
 
 
-def measure_sleep(port: int, pids: list[int], seconds: int) -> None:
+def measure_sleep(name: str, port: int, pids: list[int], seconds: int) -> None:
     before = cpu.read(pids)
     command = wrk(port, "/slow", CONNECTIONS, seconds)
     text = subprocess.run(command, capture_output=True, text=True).stdout
@@ -73,8 +88,9 @@ def measure_sleep(port: int, pids: list[int], seconds: int) -> None:
     requests, p99, errors = told(text)
     rate, most = requests / seconds, CONNECTIONS / SLEEP
     print(
-        f"sleep: {rate:,.0f}/s, {rate / most:.1%} of {most:,.0f}; p99 {p99:.1f} ms; "
-        f"{usage.cpu_ns / 1e3 / requests:.1f} µs CPU a request; errors {errors}"
+        f"sleep: {name}: {rate:,.0f}/s, {rate / most:.1%} of {most:,.0f}; "
+        f"p99 {p99:.1f} ms; {usage.cpu_ns / 1e3 / requests:.1f} µs CPU a request; "
+        f"errors {errors}"
     )
 
 
@@ -93,13 +109,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
     parser.add_argument("--seconds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         print("threads.py: wrk is not here: apt-get install wrk", file=sys.stderr)
         return 1
-    with server(options.python) as (port, pids):
-        measure_sleep(port, pids, options.seconds)
-        measure_mixed(port, options.seconds)
+    with server(options.python) as ours, sleepers() as limit:
+        for _ in range(options.rounds):
+            measure_sleep("limit", *limit, options.seconds)
+            measure_sleep("prefork", *ours, options.seconds)
+        measure_mixed(ours[0], options.seconds)
     return 0
 
 
