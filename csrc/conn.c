@@ -67,13 +67,37 @@ drop_request(pf_conn *conn)
 }
 
 /* ---- deadlines ----------------------------------------------------------------------*/
+/* In a drain: who is still to say something must have done so before others lose their
+ * patience with this worker, and who is only to leave may take a little longer. */
+static int64_t
+before_the_end(const pf_conn *conn, int64_t deadline)
+{
+    int64_t last;
+    switch (conn->phase) {
+    case PF__PHASE_FIRST:
+    case PF__PHASE_PROXY:
+    case PF__PHASE_HANDSHAKE:
+    case PF__PHASE_HEAD:
+    case PF__PHASE_BODY:
+    case PF__PHASE_LENT: /* the rest of its body, while that is wanted */
+        last = conn->loop->read_until;
+        break;
+    case PF__PHASE_IDLE:
+    case PF__PHASE_DRAIN:
+    case PF__PHASE_LINGER:
+        last = conn->loop->close_until;
+        break;
+    default:
+        return deadline;
+    }
+    return deadline < last ? deadline : last;
+}
+
 static void
 set_deadlines(pf_conn *conn, int64_t read_deadline)
 {
-    int64_t last = conn->loop->read_until;
-    if (PF__UNLIKELY(last != 0) && last < read_deadline
-        && conn->phase <= PF__PHASE_BODY)
-        read_deadline = last;
+    if (PF__UNLIKELY(conn->loop->read_until != 0))
+        read_deadline = before_the_end(conn, read_deadline);
     conn->read_deadline = read_deadline;
     int64_t first = read_deadline, write = conn->write_deadline;
     if (write != 0 && (first == 0 || write < first))
@@ -465,6 +489,8 @@ pf__conn_keeps(const pf_conn *conn)
     if (!(r->head.flags & PF_HEAD_KEEP_ALIVE) || (o->flags & PF_OPTION_NO_KEEP_ALIVE))
         return false;
     if (conn->loop->draining && !(o->flags & PF_OPTION_KEEP_ON_DRAIN))
+        return false;
+    if (conn->loop->read_until != 0 && conn->loop->now >= conn->loop->read_until)
         return false;
     if (o->max_requests > 0 && conn->served >= o->max_requests)
         return false;
@@ -1304,7 +1330,7 @@ pf__conn_drain(pf_conn *conn, bool now)
 {
     if (conn->phase == PF__PHASE_WEBSOCKET)
         drain_websocket(conn, now);
-    if (conn->phase <= PF__PHASE_BODY)
+    if (conn->phase != PF__PHASE_DEAD)
         set_deadlines(conn, conn->read_deadline); /* which may be too late by now */
     if (!is_waiting(conn))
         return;

@@ -749,8 +749,10 @@ struct pf_loop {
     uint32_t fruitless;   /* such comparisons, since one was followed by something */
     int64_t mail_until;   /* in a drain, for what was promised */
     int64_t accept_until; /* in a drain, of quiesced listeners */
-    int64_t read_until;   /* in a drain, what is not yet a request; 0: for ever */
+    int64_t read_until;   /* in a drain, what peers have begun to say; 0: for ever */
+    int64_t close_until;  /* in a drain, connections that nothing is expected of */
     bool draining, drained, closed, embedded, woken, has_mail;
+    uint32_t unexpired;  /* full batches since deadlines were looked at */
     bool signalled;      /* woken by Python's signal handler, which writes the number */
     atomic_bool entered; /* a thread is in here: for assertions only */
     bool shared;         /* may be borrowed while its thread sleeps; then also: */

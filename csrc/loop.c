@@ -33,6 +33,8 @@ enum {
     SAMPLE = 4,           /* other workers compared with for each connection */
     STUCK_MS = 100,       /* in one turn: no connection is passed to such a worker */
     LATE_MS = 250,        /* how long a drain accepts what is still on its way */
+    CLOSING_PART = 8,   /* of the time that it reads: how long it closes, behind that */
+    UNEXPIRED_MAX = 64, /* full batches before deadlines are looked at */
 };
 
 /* ---- options ------------------------------------------------------------------------*/
@@ -960,7 +962,12 @@ poll_once(pf_loop *loop, pf_event *events, int max, int timeout_ms)
         taken += dispatch(loop, &ready[i], taken < max ? &events[taken] : NULL);
     if (PF__UNLIKELY(loop->has_mail))
         heed_mail(loop); /* last: it may free a listener that this batch names */
-    expire(loop);
+    /* Where a handler has held up the loop, what peers have sent in time may wait behind
+     * this batch: nobody is late before that was looked at. */
+    if (n < BATCH || ++loop->unexpired > UNEXPIRED_MAX) {
+        loop->unexpired = 0;
+        expire(loop);
+    }
     return taken;
 }
 
@@ -1110,7 +1117,7 @@ pf_loop_ready(const pf_loop *loop)
  * quiesced listener is accepted from a little longer; one that lives on in other
  * workers is left to them at once. */
 int
-pf_loop_drain(pf_loop *loop, bool sweep)
+pf_loop_drain(pf_loop *loop, bool sweep, int read_ms)
 {
     bool again = loop->draining;
     loop->draining = true;
@@ -1118,8 +1125,10 @@ pf_loop_drain(pf_loop *loop, bool sweep)
     pf_loop_touch(loop);
     if (!again) {
         loop->mail_until = loop->now + LATE_MS;
-        if (loop->options.drain_read_ms > 0)
-            loop->read_until = loop->now + loop->options.drain_read_ms;
+        if (read_ms >= 0) {
+            loop->read_until = loop->now + read_ms;
+            loop->close_until = loop->read_until + read_ms / CLOSING_PART;
+        }
     }
     if (sweep && !again && all_quiesced(loop)) {
         int64_t late = loop->options.drain_idle_ms;

@@ -521,8 +521,6 @@ typedef struct pf_options {
     uint32_t tls_timeout_ms;          /* from accept to the end of the TLS handshake */
     uint32_t linger_timeout_ms;       /* reading on after a refusal, before close */
     uint32_t drain_idle_ms;           /* lame duck of idle connections in a drain */
-    uint32_t drain_read_ms;           /* until then a drain waits for what peers have
-                                         begun to say; 0: as long as otherwise */
     uint32_t min_body_rate;           /* bytes a second, after read_timeout; 0: none */
     uint32_t read_buffer_size;        /* first size of a connection's buffer */
     uint32_t max_target_size;         /* then 414 */
@@ -609,9 +607,12 @@ bool pf_loop_ready(const pf_loop *loop); /* events or queued answers that fileno
                                             not show: call pf_loop_wait(.., 0) again */
 int pf_loop_wake_fileno(pf_loop *loop); /* the fd whose write wakes the loop: one byte
                                            (signal.set_wakeup_fd) */
-int pf_loop_drain(pf_loop *loop, bool sweep); /* stop accepting (sweep: first accept all
-      that is queued), finish what is under way, give idle connections drain_idle_ms;
-      then DRAINED. Calling it again closes idle connections at once. */
+int pf_loop_drain(pf_loop *loop, bool sweep,
+                  int read_ms); /* stop accepting (sweep: first accept all that is
+      queued), finish what is under way, give idle connections drain_idle_ms; then
+      DRAINED. Peers have read_ms to say what they have begun to say, and an eighth more
+      to leave (-1: as long as otherwise). Calling it again closes idle connections at
+      once. */
 int64_t pf_loop_touch(pf_loop *loop); /* read the clock, which otherwise stands since
       the last wake-up: after a handler, so that deadlines do not count its time and
       its caller knows how long the batch has run. Returns monotonic ms. */

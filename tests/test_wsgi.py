@@ -1175,6 +1175,21 @@ def test_start_response_with_other_arguments_is_a_type_error(wsgi, call):
     assert "__call__()" in str(raised[0])
 
 
+def test_who_makes_a_start_response_of_its_own_cannot_call_it(wsgi):
+    raised: list[TypeError] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        try:
+            type(start_response)()("200 OK", [PLAIN])
+        except TypeError as wrong:
+            raised.append(wrong)
+        start_response("200 OK", [PLAIN])
+        return [b"hi"]
+
+    assert wsgi(app, strict=False).ask().body == b"hi"
+    assert "the server makes those" in str(raised[0])
+
+
 def test_start_response_called_twice_is_a_500(wsgi):
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [PLAIN])

@@ -251,8 +251,7 @@ cdef extern from "prefork.h" nogil:
     ctypedef struct pf_options:
         uint32_t max_connections, max_connections_per_ip, max_requests
         uint32_t header_timeout_ms, read_timeout_ms, write_timeout_ms
-        uint32_t idle_timeout_ms, linger_timeout_ms, drain_idle_ms, drain_read_ms
-        uint32_t tls_timeout_ms
+        uint32_t idle_timeout_ms, linger_timeout_ms, drain_idle_ms, tls_timeout_ms
         uint32_t min_body_rate, read_buffer_size, max_target_size, max_field_size
         uint32_t max_header_size, max_fields
         uint64_t max_body_size
@@ -306,7 +305,7 @@ cdef extern from "prefork.h" nogil:
     int pf_loop_fileno(pf_loop *loop)
     bint pf_loop_ready(const pf_loop *loop)
     int pf_loop_wake_fileno(pf_loop *loop)
-    int pf_loop_drain(pf_loop *loop, bint sweep)
+    int pf_loop_drain(pf_loop *loop, bint sweep, int read_ms)
     void pf_loop_close(pf_loop *loop)
     int pf_loop_take_released(pf_loop *loop, void **refs, int max)
     int pf_loop_free(pf_loop *loop)

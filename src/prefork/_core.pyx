@@ -354,8 +354,6 @@ cdef int read_options(pf_options *o, dict given, list keep) except -1:
             o.linger_timeout_ms = value
         elif name == "drain_idle_ms":
             o.drain_idle_ms = value
-        elif name == "drain_read_ms":
-            o.drain_read_ms = value
         elif name == "min_body_rate":
             o.min_body_rate = value
         elif name == "read_buffer_size":
@@ -587,13 +585,14 @@ cdef class Loop:
         """flush() for who may not let go of the GIL, and knows that it may be done."""
         pf_loop_flush(self.handle)
 
-    def drain(self, bint sweep=True):
+    def drain(self, bint sweep=True, patience=None):
         """Stop accepting, finish what is under way; DRAINED comes when all is done.
 
-        sweep accepts first what waits in the listeners' queues. A second call closes
-        idle connections at once.
+        sweep accepts first what waits in the listeners' queues. patience: for so many
+        seconds peers may go on saying what they have begun to say, then it is a 408;
+        None: as long as otherwise. A second call closes idle connections at once.
         """
-        check(pf_loop_drain(self.opened(), sweep))
+        check(pf_loop_drain(self.opened(), sweep, milliseconds(patience)))
 
     def fileno(self):
         """The fd that is readable when wait(0) finds something, timers included."""

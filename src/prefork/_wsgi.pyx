@@ -617,6 +617,8 @@ cdef class Answer:
         return self.called(status, headers, exc_info)
 
     cdef object called(self, status, headers, exc_info):
+        if self.dispatcher is None:
+            raise TypeError("this is no start_response: the server makes those")
         if headers is None and (self.fields is not None or type(status) is not str):
             self.tell(status)
             return None

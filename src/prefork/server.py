@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,6 +34,11 @@ PROXY_VERSIONS = {
     "v2": _core.PROXY_V2,
     "auto": _core.PROXY_V1 | _core.PROXY_V2,
 }
+
+
+# Of the grace period: so long peers may go on saying what they have begun to say. ASGI
+# tasks are cancelled a little later (asgi.PATIENCE), and then the loop is closed.
+PATIENCE = 2 / 3
 
 
 def _ms(seconds: float) -> int:
@@ -236,7 +242,8 @@ class Server:
         """Drain, then let serve() return. Any thread; may be repeated."""
         with self._lock:
             if self._desk is not None:
-                self._desk.core.call(self._drain, self._desk, self._own)
+                now = time.monotonic()
+                self._desk.core.call(self._drain, self._desk, self._own, now)
 
     def _serve(
         self,
@@ -247,9 +254,7 @@ class Server:
         own: list[listeners.Listener],
     ) -> None:
         tls = self._load_certificates() if self.tls is None else self.tls
-        patience = (self._grace or 0.0) * asgi.PATIENCE
-        options = loop_options(self.config, self.interface)
-        core = _core.Loop(**options, drain_read_ms=_ms(patience))
+        core = _core.Loop(**loop_options(self.config, self.interface))
         core.trust = trust_of(self.config)
         if self._seat is not None:
             core.attach(*self._seat)
@@ -331,8 +336,9 @@ class Server:
         factory = eventloop.factory_of(config.loop)
         return asgi.AsgiDesk(self.app, core, hooks, logger, factory, manners)
 
-    def _drain(self, desk: Desk, own: list[listeners.Listener]) -> None:
-        """Stop accepting and finish; in the loop's thread.
+    def _drain(self, desk: Desk, own: list[listeners.Listener], asked: float) -> None:
+        """Stop accepting and finish; in the loop's thread, which may have been in a
+        handler since it was asked to.
 
         A worker does so once: who stops a whole group tells it, and so does its master.
         """
@@ -341,7 +347,11 @@ class Server:
         self._draining = True
         for listener in own:
             listener.quiesce()
-        desk.core.drain()
+        patience = None
+        if self._grace is not None:
+            spent = time.monotonic() - asked
+            patience = max(0.0, self._grace * PATIENCE - spent)
+        desk.core.drain(patience=patience)
         on_drain, self._on_drain = self._on_drain, None
         if on_drain is not None:
             on_drain()  # what comes from now on is another's
@@ -355,7 +365,7 @@ class Server:
             if on_master_death is not None:
                 on_master_death()
             else:
-                self._drain(desk, [])
+                self._drain(desk, [], time.monotonic())
 
         desk.watch(lifeline, on_readable)
 
@@ -368,7 +378,7 @@ class Server:
         before: dict[int, Any] = {}
 
         def on_signal(_: int, frame: object) -> None:
-            desk.core.call(self._drain, desk, own)
+            desk.core.call(self._drain, desk, own, time.monotonic())
 
         for number in STOP_SIGNALS:
             if number == signal.SIGINT and signal.getsignal(number) not in (

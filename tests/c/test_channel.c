@@ -269,7 +269,7 @@ check_drain(void)
     open_server(0);
     int fd = connected_peer();
     pf_request *r = accepted(fd);
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     expect_event(PF_EVENT_CLOSED, r);
     expect_code(r, 1012);
     assert(pf_channel_close(r, 1000, "", 0) == 0);

@@ -1634,7 +1634,7 @@ static void
 a_drain_with_nothing_open_is_done_at_once(void)
 {
     open_server(0);
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     drained();
     close_server();
 }
@@ -1648,7 +1648,7 @@ a_drain_gives_idle_connections_a_while(void)
     answer(next_request(), "x");
     hear_answer(peer);
     begin_timing(); /* a drain reads the clock itself */
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     drained();
     took_a_short_time();
     hear_end(peer);
@@ -1663,7 +1663,7 @@ a_request_that_comes_in_a_drain_is_the_last(void)
     int peer = peer_saying(GET);
     answer(next_request(), "x");
     hear_answer(peer);
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     say(peer, GET);
     answer(next_request(), "x");
     assert(says(hear_answer(peer), "\r\nConnection: close\r\n"));
@@ -1678,7 +1678,7 @@ a_drain_waits_for_loans(void)
     open_server(0);
     int peer = peer_saying(GET);
     pf_request *r = next_request();
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     quiet(SHORT_MS);
     answer(r, "x");
     assert(says(hear_head(peer), "\r\nConnection: close\r\n"));
@@ -1687,48 +1687,107 @@ a_drain_waits_for_loans(void)
     close_server();
 }
 
-/* However late it was begun, or goes on. */
+/* However late it was begun, or goes on; and though the peer does not leave. */
 static void
 what_is_half_said_has_no_longer_than_the_drain(void)
 {
     static const char *const starts[] = {"GET / HT", POST_5 "he"};
     static const char *const more[] = {"T", "l"};
     for (int i = 0; i < 2; i++) {
-        options.drain_read_ms = SHORT_MS;
         options.min_body_rate = 0;
+        options.linger_timeout_ms = 6 * SOON_MS;
         open_server(0);
         int early = peer_saying(starts[i]), late = connected_peer();
         quiet(5);
         begin_timing();
-        assert(pf_loop_drain(loop, true) == 0);
+        assert(pf_loop_drain(loop, true, SHORT_MS) == 0);
         say(late, starts[i]);
         quiet(5);
         say(early, more[i]);
         assert(strncmp(hear_answer(early), "HTTP/1.1 408 ", 13) == 0);
         took_a_short_time();
         assert(strncmp(hear_answer(late), "HTTP/1.1 408 ", 13) == 0);
+        drained();
         close(early);
         close(late);
-        drained();
         close_server();
     }
 }
 
 static void
-a_handler_that_reads_its_body_is_not_hurried_by_a_drain(void)
+a_handler_that_waits_for_its_body_hears_that_a_drain_does_not(void)
 {
-    options.drain_read_ms = 1;
     open_server(PF_OPTION_LEND_HEADS);
     int peer = peer_saying(POST_5 "he");
     pf_request *r = next_request();
-    assert(pf_loop_drain(loop, false) == 0);
+    begin_timing();
+    assert(pf_loop_drain(loop, false, SHORT_MS) == 0);
     assert(pf_request_want_body(r, PF_WANT_WHOLE) == 0);
-    quiet(SHORT_MS);
-    say(peer, "llo");
-    expect_event(PF_EVENT_BODY, r);
-    answer(r, "x");
-    hear_answer(peer);
+    pf_event event = next_event();
+    assert(event.flags == PF_EVENT_CLOSED && event.code == PF_ERR_BODY_TIMEOUT);
+    took_a_short_time();
+    pf_request_abort(r);
+    drained();
     close(peer);
+    close_server();
+}
+
+static void
+a_handler_that_is_not_waiting_is_not_hurried_by_a_drain(void)
+{
+    open_server(0);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    assert(pf_loop_drain(loop, false, 1) == 0);
+    quiet(SHORT_MS);
+    answer(r, "x");
+    assert(strncmp(hear_answer(peer), "HTTP/1.1 200 ", 13) == 0);
+    close(peer);
+    drained();
+    close_server();
+}
+
+static void
+who_is_kept_in_a_drain_is_told_when_that_ends(void)
+{
+    open_server(PF_OPTION_KEEP_ON_DRAIN);
+    int peer = peer_saying(GET);
+    pf_request *r = next_request();
+    assert(pf_loop_drain(loop, false, SHORT_MS) == 0);
+    answer(r, "x");
+    assert(!says(hear_answer(peer), "\r\nConnection: close\r\n"));
+    say(peer, GET);
+    r = next_request();
+    quiet(SHORT_MS);
+    answer(r, "x");
+    assert(says(hear_answer(peer), "\r\nConnection: close\r\n"));
+    close(peer);
+    drained();
+    close_server();
+}
+
+/* A handler has held up the loop meanwhile; and they are more than one batch. */
+static void
+what_was_said_in_time_is_heard_although_the_loop_is_late(void)
+{
+    enum { PEERS = 150 };
+    int peers[PEERS];
+    open_server(0);
+    for (int i = 0; i < PEERS; i++) {
+        peers[i] = peer_saying("GET / HT");
+        quiet(0); /* the queue of the listener is short */
+    }
+    quiet(5);
+    assert(stats().connections == PEERS);
+    assert(pf_loop_drain(loop, false, SHORT_MS) == 0);
+    for (int i = 0; i < PEERS; i++)
+        say(peers[i], "TP/1.1\r\nHost: a\r\n\r\n");
+    struct timespec held_up = {.tv_nsec = 2 * SHORT_MS * 1000000L};
+    nanosleep(&held_up, NULL);
+    for (int i = 0; i < PEERS; i++)
+        answer(next_request(), "x");
+    for (int i = 0; i < PEERS; i++)
+        close(peers[i]);
     drained();
     close_server();
 }
@@ -1739,7 +1798,7 @@ a_drain_is_done_when_the_loan_of_a_lost_peer_ends(void)
     open_server(0);
     int peer = peer_saying(GET);
     pf_request *r = next_request();
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     reset_peer(peer);
     expect_event(PF_EVENT_CLOSED, r);
     quiet(0);
@@ -1756,9 +1815,9 @@ a_second_drain_closes_idle_connections_at_once(void)
     int peer = peer_saying(GET);
     answer(next_request(), "x");
     hear_answer(peer);
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     quiet(0);
-    assert(pf_loop_drain(loop, false) == 0);
+    assert(pf_loop_drain(loop, false, -1) == 0);
     drained();
     hear_end(peer);
     close(peer);
@@ -1770,7 +1829,7 @@ a_sweep_serves_who_is_waiting_in_the_queue(void)
 {
     open_server(0);
     int a = peer_saying(GET), b = peer_saying(GET);
-    assert(pf_loop_drain(loop, true) == 0);
+    assert(pf_loop_drain(loop, true, -1) == 0);
     answer(next_request(), "x");
     answer(next_request(), "x");
     hear_answer(a);
@@ -2122,7 +2181,10 @@ main(void)
     a_request_that_comes_in_a_drain_is_the_last();
     a_drain_waits_for_loans();
     what_is_half_said_has_no_longer_than_the_drain();
-    a_handler_that_reads_its_body_is_not_hurried_by_a_drain();
+    a_handler_that_waits_for_its_body_hears_that_a_drain_does_not();
+    a_handler_that_is_not_waiting_is_not_hurried_by_a_drain();
+    who_is_kept_in_a_drain_is_told_when_that_ends();
+    what_was_said_in_time_is_heard_although_the_loop_is_late();
     a_drain_is_done_when_the_loan_of_a_lost_peer_ends();
     a_second_drain_closes_idle_connections_at_once();
     a_sweep_serves_who_is_waiting_in_the_queue();

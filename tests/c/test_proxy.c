@@ -630,7 +630,7 @@ a_drain_closes_a_connection_that_has_not_introduced_itself(void)
     open_loop(BOTH);
     int fd = accept_from(&proxy);
     assert(turn() == 0);
-    pf_loop_drain(loop, true);
+    pf_loop_drain(loop, true, -1);
     do
         assert(pf_loop_wait(loop, &event, 1, 1000) == 1);
     while (!(event.flags & PF_EVENT_DRAINED));

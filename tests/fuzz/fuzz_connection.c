@@ -961,7 +961,7 @@ step(uint8_t what)
         pf_loop_flush(loop);
         break;
     case 11:
-        pf_loop_drain(loop, false);
+        pf_loop_drain(loop, false, -1);
         break;
     case 12:
         pf_loop_touch(loop);
