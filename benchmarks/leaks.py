@@ -7,8 +7,8 @@ The WSGI run mixes what apps may do, one request in eight being left by its clie
 the ASGI run all are: in a slow handler, a stream, an upload, a wait for their leaving,
 and as WebSockets.
 Prints the allocated blocks and the collector's objects of the worker after a tenth of
-the run (3,000 requests at least) and after all of it, and exits with 1 if there are 500
-more: of one that every hundredth request left behind there would be twice as many.
+the run (3,000 requests at least) and after all of it, and exits with 1 if there are 800
+more: of one that every hundredth of 100,000 requests left behind there would be 900.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import servers
 HERE = Path(__file__).parent
 CLIENTS = 16
 WARM = 3000  # requests until what is kept for the next ones is there
-ALLOWED = 500  # objects more: what is made for the first time, and later kept
+ALLOWED = 800  # more: free lists, as long as requests came at a time (580 were seen)
 RESET = struct.pack("ii", 1, 0)
 
 LARGE = bytes(600_000)  # more than a worker keeps in memory
