@@ -2,15 +2,11 @@
  *
  * What it costs above limit.c is the core's; what prefork costs above it is Python's.
  */
-#include <arpa/inet.h>
-#include <getopt.h>
-#include <netinet/in.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
-
 #include "prefork.h"
+#include "program.h"
+
+#include <getopt.h>
+#include <string.h>
 
 enum { BATCH = 256 };
 
@@ -36,11 +32,7 @@ open_listener(uint16_t port)
     };
     int fd = pf_socket_listen(&spec);
     check(fd, "listen");
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    getsockname(fd, (struct sockaddr *)&address, &size);
-    printf("%d\n", ntohs(address.sin_port));
-    fflush(stdout);
+    tell_port(fd);
     return fd;
 }
 

@@ -317,22 +317,10 @@ static void
 open_listener(void)
 {
     int on = 1;
-    struct sockaddr_in address = loopback(options.port);
-    socklen_t size = sizeof address;
     listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (listener < 0)
-        die("socket");
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* inherited */
     if (options.defer_accept)
         setsockopt(listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &on, sizeof on);
-    if (bind(listener, (struct sockaddr *)&address, size))
-        die("bind");
-    if (listen(listener, 4096))
-        die("listen");
-    getsockname(listener, (struct sockaddr *)&address, &size);
-    printf("%d\n", ntohs(address.sin_port));
-    fflush(stdout);
+    listen_at(listener, options.port);
 }
 
 static void

@@ -48,6 +48,35 @@ loopback(uint16_t port)
                                 .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
 }
 
+/* Prints the port of a socket: who has started the program waits for that line. */
+static inline void
+tell_port(int fd)
+{
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    getsockname(fd, (struct sockaddr *)&address, &size);
+    printf("%d\n", ntohs(address.sin_port));
+    fflush(stdout);
+}
+
+/* Has a fresh socket listen on this port of the loopback (0: a free one), and tells it.
+ * Connections inherit TCP_NODELAY. */
+static inline void
+listen_at(int fd, uint16_t port)
+{
+    int on = 1;
+    struct sockaddr_in address = loopback(port);
+    if (fd < 0)
+        die("socket");
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (bind(fd, (struct sockaddr *)&address, sizeof address))
+        die("bind");
+    if (listen(fd, 4096))
+        die("listen");
+    tell_port(fd);
+}
+
 /* A connection on which a read waits five seconds at most; -1: it was refused. */
 static inline int
 connect_to_server(uint16_t port)

@@ -28,21 +28,6 @@ serve(void *connection)
     return NULL;
 }
 
-static int
-listening(void)
-{
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1;
-    struct sockaddr_in address = loopback(0);
-    socklen_t size = sizeof address;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (fd < 0 || bind(fd, (struct sockaddr *)&address, size) || listen(fd, 4096))
-        die("listen");
-    getsockname(fd, (struct sockaddr *)&address, &size);
-    printf("%d\n", ntohs(address.sin_port));
-    fflush(stdout);
-    return fd;
-}
-
 int
 main(void)
 {
@@ -51,7 +36,8 @@ main(void)
     pthread_attr_setstacksize(&small, STACK);
     pthread_attr_setdetachstate(&small, PTHREAD_CREATE_DETACHED);
     raise_limit();
-    int listener = listening();
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    listen_at(listener, 0);
     for (;;) {
         pthread_t thread;
         int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
