@@ -112,6 +112,16 @@ set_write_deadline(pf_conn *conn, int64_t write_deadline)
     set_deadlines(conn, conn->read_deadline);
 }
 
+/* When a connection must have said something. In a drain it has little time. */
+static int64_t
+first_deadline(const pf_conn *conn, uint32_t timeout)
+{
+    const pf_loop *loop = conn->loop;
+    if (loop->draining && loop->options.drain_idle_ms < timeout)
+        timeout = loop->options.drain_idle_ms;
+    return loop->now + timeout;
+}
+
 /* A body may be slow, but not slower between two reads than the read timeout, nor over
  * all than the least rate, which would let a few bytes a minute hold a connection. */
 static int64_t
@@ -573,10 +583,7 @@ begin_idle(pf_conn *conn)
     conn->phase = PF__PHASE_IDLE;
     pf__buffer_release(&loop->pool, &conn->in);
     conn->raw = conn->base = 0;
-    uint32_t timeout = loop->options.idle_timeout_ms;
-    if (loop->draining && loop->options.drain_idle_ms < timeout)
-        timeout = loop->options.drain_idle_ms;
-    set_deadlines(conn, loop->now + timeout);
+    set_deadlines(conn, first_deadline(conn, loop->options.idle_timeout_ms));
     pf__notices_add(loop, conn, PF_NOTICE_IDLE, 0);
 }
 
@@ -885,16 +892,6 @@ advance_first(pf_conn *conn)
         return HUNGRY;
     begin_head(conn);
     return conn->phase == PF__PHASE_HEAD ? advance_head(conn) : CONTENT;
-}
-
-/* When a connection must have said something. In a drain it has little time. */
-static int64_t
-first_deadline(const pf_conn *conn, uint32_t timeout)
-{
-    const pf_loop *loop = conn->loop;
-    if (loop->draining && loop->options.drain_idle_ms < timeout)
-        timeout = loop->options.drain_idle_ms;
-    return loop->now + timeout;
 }
 
 static uint32_t
