@@ -653,15 +653,35 @@ open_member(void)
     return loop;
 }
 
+static pf_loop *own, *other;
+
+/* The second one has the turn, and passes nobody on before it is told to. */
+static void
+open_pair(void)
+{
+    assert(pf_scoreboard_open(&board, 4) == 0);
+    other = open_member();
+    own = open_member();
+    own->balance_at = INT64_MAX;
+}
+
+static void
+close_pair(void)
+{
+    loop = own;
+    close_loop();
+    loop = other;
+    close_loop();
+    pf_scoreboard_close(board);
+}
+
 /* Many that are never quiet are looked at every millisecond, but not for ever. */
 static void
 who_finds_nobody_to_pass_on_looks_less_often(void)
 {
     int fds[MANY];
     pf_request *held[MANY];
-    assert(pf_scoreboard_open(&board, 4) == 0);
-    pf_loop *other = open_member(), *own = open_member();
-    own->balance_at = INT64_MAX;
+    open_pair();
     for (int i = 0; i < MANY; i++) {
         fds[i] = accept_from(&proxy);
         say(fds[i], VERSION_1);
@@ -684,11 +704,7 @@ who_finds_nobody_to_pass_on_looks_less_often(void)
     assert(own->row->stats.passed_on == 1 && own->balance_at <= own->now + 1);
     for (int i = 1; i < MANY; i++)
         queue_answer(held[i]);
-    loop = own;
-    close_loop();
-    loop = other;
-    close_loop();
-    pf_scoreboard_close(board);
+    close_pair();
     for (int i = 0; i < MANY; i++)
         close(fds[i]);
 }
@@ -698,9 +714,7 @@ static void
 what_is_passed_on_takes_its_introduction_along(void)
 {
     int fds[MANY];
-    assert(pf_scoreboard_open(&board, 4) == 0);
-    pf_loop *other = open_member(), *own = open_member();
-    own->balance_at = INT64_MAX; /* not before all are there */
+    open_pair();
     for (int i = 0; i < MANY; i++) {
         fds[i] = accept_from(&proxy);
         if (i % 2)
@@ -731,11 +745,7 @@ what_is_passed_on_takes_its_introduction_along(void)
         assert(is_answered(fds[i], "200"));
         close(fds[i]);
     }
-    loop = own;
-    close_loop();
-    loop = other;
-    close_loop();
-    pf_scoreboard_close(board);
+    close_pair();
 }
 
 /* ---- forwarded fields ---------------------------------------------------------------*/
