@@ -7,6 +7,7 @@ once another thread runs the loop: in_another_thread() waits for that.
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import os
 import signal
 import threading
@@ -893,6 +894,14 @@ def test_who_streams_or_closes_for_long_keeps_no_other_request_waiting(serve, wh
     assert closing.wait(SOON)
 
 
+PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
+
+
+def prctl(option: int, value: int = 0) -> int:
+    result: int = ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+    return result
+
+
 def test_threads_of_a_crew_do_not_press_forward_where_handlers_block(serve, interface):
     """Who is woken waits until who runs has paused: SCHED_BATCH, sched(7)."""
     seen: list[int] = []
@@ -906,6 +915,27 @@ def test_threads_of_a_crew_do_not_press_forward_where_handlers_block(serve, inte
     for _ in range(20):
         client.ask(get("/slow"))
     assert seen[0] == os.SCHED_OTHER and os.SCHED_BATCH in seen
+
+
+@pytest.mark.parametrize(("slack", "later"), [(50_000, 500_000), (70_000, 70_000)])
+def test_threads_of_a_crew_that_sleep_wake_up_together(serve, interface, slack, later):
+    """Their timers may be late, where handlers block and nobody has said how much."""
+    seen: list[int] = []
+
+    def blocking() -> None:
+        seen.append(prctl(PR_GET_TIMERSLACK))
+        live.run(threading.get_ident)
+
+    before = prctl(PR_GET_TIMERSLACK)
+    prctl(PR_SET_TIMERSLACK, slack)  # which threads inherit
+    try:
+        live = serve(app_of(interface, blocking), threads=2)
+        client = live.client()
+        for _ in range(20):
+            client.ask(get("/slow"))
+    finally:
+        prctl(PR_SET_TIMERSLACK, before)
+    assert seen[0] == slack and set(seen) == {slack, later}
 
 
 def test_after_handlers_that_blocked_fast_ones_share_a_thread_again(serve, interface):
