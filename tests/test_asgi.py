@@ -595,6 +595,29 @@ def test_headers_may_come_from_any_iterable_of_pairs(asgi):
     assert (found["x-a"], found["x-b"], found.body) == ("v", "v", b"hi")
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (b"x-mine", b"1"),
+        (b"content-length", b"2"),
+        (b"connection", b"keep-alive"),
+        (b"date", b"x"),
+        [b"x-mine", b"1"],
+    ],
+)
+def test_headers_that_come_again_and_again_are_as_the_first_time(asgi, pair):
+    """That is how a pair which an app has from a constant is known, and not checked."""
+
+    async def app(scope, receive, send):
+        await send({**start(), "headers": [pair]})
+        await send(body(b"hi"))
+
+    client = asgi(app).client()
+    answers = [client.ask() for _ in range(40)]
+    first = (answers[0].status, answers[0].undated, answers[0].body)
+    assert [(a.status, a.undated, a.body) for a in answers] == [first] * 40
+
+
 def test_a_body_is_streamed_in_chunks(asgi):
     async def app(scope, receive, send):
         await send(start())

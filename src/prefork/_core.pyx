@@ -1044,7 +1044,7 @@ cdef class Request:
         return 0
 
     cdef bint put_again(self, object pair) except -1:
-        """Write a field whose pair was remembered, if it was, and may stand here."""
+        """Write a field whose pair was kept, if it was, and may stand here."""
         cdef Prepared *place = place_of(pair)
         if place.pair != <void *>pair or (place.text is NULL and not prepare(place)):
             return False
@@ -1342,13 +1342,19 @@ cdef int check_line(int status, bytes reason) except -1:
 
 
 # Apps have many of their pairs from constants, which come again, and nothing can change
-# a tuple of text: who comes again is known by being the same, and checked no more.
+# a tuple of text: who comes again is known by being the same, and checked no more. But
+# a pair that was made for one answer often lies where that of the one before lay, too;
+# so one that is new is not kept, which would also keep it from being freed, before its
+# place has been the same for a while.
 cdef enum:
     PREPARED = 64
+    AGAIN = 32        # times that a pair comes until it is taken for a constant
 cdef struct Prepared:
     void *pair    # owned
-    void *text    # owned bytes; NULL: it came once, or is not of all answers
+    void *text    # owned bytes; NULL: not asked for yet, or not a field of all answers
     pf_line line  # which lends it
+    void *seen    # who came last and is not kept: nothing that may be looked into
+    int times     # it came one after the other
 cdef Prepared prepared[PREPARED]
 memset(prepared, 0, sizeof(prepared))
 
@@ -1368,9 +1374,18 @@ cdef int check_fields(list fields) except -1:
 
 
 cdef int remember(object pair) except -1:
-    """A pair that was found good, if it stays as it is."""
+    """A pair that was found good: keep it if it comes again and again, and stays so."""
     cdef Prepared *place = place_of(pair)
+    if place.seen != <void *>pair:
+        place.seen, place.times = <void *>pair, 1
+        return 0
+    place.times += 1
+    return keep(pair, place) if place.times >= AGAIN else 0
+
+
+cdef int keep(object pair, Prepared *place) except -1:
     cdef Prepared before = place[0]
+    place.times = 0
     if type(pair) is not tuple or type(pair[0]) is not type(pair[1]):
         return 0
     if type(pair[0]) is not str and type(pair[0]) is not bytes:

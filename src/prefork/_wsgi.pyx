@@ -541,7 +541,7 @@ cdef class Dispatcher(_dispatch.Dispatcher):
 
     cdef int read_status(self, str status) except -1:
         """The code and the reason phrase of "200 OK", kept for the next time."""
-        if status is self.last_status:
+        if status is self.last_status or status == self.last_status:
             return 0
         digits = status[:3]
         if status[3:4] != " " or not digits.isdecimal() or not digits.isascii():
