@@ -24,9 +24,11 @@
 #include <unistd.h>
 
 enum {
-    QUIET_TICKS = 50, /* without a handler, until the watcher dozes */
-    CALM_TICKS = 250, /* without a handler that stalls, until it looks less often, */
-    CALM_NAP = 5,     /* every so many ticks */
+    QUIET_TICKS = 50,    /* without a handler, until the watcher dozes */
+    CALM_TICKS = 250,    /* without a handler that stalls, until it looks less often, */
+    CALM_NAP = 5,        /* every so many ticks, */
+    CALMER_TICKS = 1000, /* and at last */
+    CALMER_NAP = 10,     /* every so many */
 };
 
 /* What a sleeper is told besides PF_CREW_*, which is the last that it is told. */
@@ -156,6 +158,14 @@ doze(pf_crew *crew, sleeper *self)
     atomic_store(&crew->dozing, false);
 }
 
+/* Ticks to the next look. */
+static int
+nap(pf_crew *crew)
+{
+    int calm = atomic_load(&crew->calm);
+    return calm < CALM_TICKS ? 1 : calm < CALMER_TICKS ? CALM_NAP : CALMER_NAP;
+}
+
 /* One look. true: the handler that it saw has stalled. */
 static bool
 look(pf_crew *crew, sleeper *self, int *quiet)
@@ -166,12 +176,12 @@ look(pf_crew *crew, sleeper *self, int *quiet)
         *quiet = 0;
         return false;
     }
-    int ticks = atomic_load(&crew->calm) < CALM_TICKS ? 1 : CALM_NAP;
+    int ticks = nap(crew);
     if (sleep_on(self, ticks * crew->tick_ns))
         return false;
     uint64_t now = atomic_load(&crew->turn);
     *quiet = now == seen ? *quiet + ticks : 0;
-    if (atomic_load(&crew->calm) < CALM_TICKS)
+    if (ticks < CALMER_NAP)
         atomic_fetch_add(&crew->calm, ticks);
     return now == seen && is_inside(now);
 }

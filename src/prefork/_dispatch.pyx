@@ -63,7 +63,8 @@ cdef extern from "<sys/prctl.h>":
 
 
 cdef enum:
-    BATCH_MS = 1      # how long finished answers wait for others in their batch
+    BATCH_MS = 2      # how long finished answers wait for others in their batch
+    BLOCKED_MS = 1    # what a handler takes that has blocked, at least
     TOLD = 4          # exchanges that are told something between two looks at the clock
     EAGER_MORE = 16   # handlers that must not block until one that did is forgotten
     EAGER_MOST = 64
@@ -571,7 +572,7 @@ cdef class Dispatcher:
 
     cdef int settle_account(self, Request request) except -1:
         """A handler has ended before which the loop was handed on: was it worth it?"""
-        if (monotonic() - request.handed_on) * 1000 >= BATCH_MS:
+        if (monotonic() - request.handed_on) * 1000 >= BLOCKED_MS:
             self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
         elif self.eager > 0:
             self.eager -= 1
@@ -596,7 +597,7 @@ cdef class Dispatcher:
         self.inside = False
         self.current = None
         before = self.loop.now()
-        if self.loop.touch() - before < BATCH_MS and self.eager > 0:
+        if self.loop.touch() - before < BLOCKED_MS and self.eager > 0:
             self.eager -= 1
         return True
 
