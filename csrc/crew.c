@@ -6,7 +6,7 @@
  * that work stay in the cache. One of them is the watcher: it looks at the stamp every
  * millisecond, and a handler that it sees twice has stalled. A look costs the leader
  * some 35 us on a virtual machine (a timer, two changes of threads, the caches), so where
- * no handler has stalled for a while it looks less often. While nothing has happened for
+ * no handler has waited for a while it looks less often. While nothing has happened for
  * some ticks the watcher dozes, so an idle crew makes no wake-ups.
  *
  * Who leads is not decided here but under the caller's lock (in Python: the GIL), which
@@ -19,16 +19,15 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
-    QUIET_TICKS = 50,    /* without a handler, until the watcher dozes */
-    CALM_TICKS = 250,    /* without a handler that stalls, until it looks less often, */
-    CALM_NAP = 5,        /* every so many ticks, */
-    CALMER_TICKS = 1000, /* and at last */
-    CALMER_NAP = 10,     /* every so many */
+    QUIET_TICKS = 50, /* without a handler, until the watcher dozes */
+    CALM_TICKS = 250, /* without a handler that waits, until it looks less often, */
+    CALM_NAP = 5,     /* every so many ticks */
 };
 
 /* What a sleeper is told besides PF_CREW_*, which is the last that it is told. */
@@ -46,7 +45,8 @@ struct pf_crew {
     sleeper *idle;    /* a stack; the watcher is not in it */
     sleeper *watcher; /* NULL: nobody stands by */
     bool closed;
-    atomic_int calm; /* ticks since a handler stalled or somebody was called */
+    atomic_int calm; /* ticks since a handler waited or somebody was called */
+    long slept;      /* so often had a leader, when it was last asked */
     atomic_bool dozing;
     _Atomic uint64_t turn;
     long tick_ns;
@@ -158,14 +158,6 @@ doze(pf_crew *crew, sleeper *self)
     atomic_store(&crew->dozing, false);
 }
 
-/* Ticks to the next look. */
-static int
-nap(pf_crew *crew)
-{
-    int calm = atomic_load(&crew->calm);
-    return calm < CALM_TICKS ? 1 : calm < CALMER_TICKS ? CALM_NAP : CALMER_NAP;
-}
-
 /* One look. true: the handler that it saw has stalled. */
 static bool
 look(pf_crew *crew, sleeper *self, int *quiet)
@@ -176,12 +168,12 @@ look(pf_crew *crew, sleeper *self, int *quiet)
         *quiet = 0;
         return false;
     }
-    int ticks = nap(crew);
+    int ticks = atomic_load(&crew->calm) < CALM_TICKS ? 1 : CALM_NAP;
     if (sleep_on(self, ticks * crew->tick_ns))
         return false;
     uint64_t now = atomic_load(&crew->turn);
     *quiet = now == seen ? *quiet + ticks : 0;
-    if (ticks < CALMER_NAP)
+    if (atomic_load(&crew->calm) < CALM_TICKS)
         atomic_fetch_add(&crew->calm, ticks);
     return now == seen && is_inside(now);
 }
@@ -274,6 +266,18 @@ pf_crew_end(pf_crew *crew)
 {
     uint64_t turn = atomic_load_explicit(&crew->turn, memory_order_relaxed);
     atomic_store_explicit(&crew->turn, turn + 1, memory_order_release);
+}
+
+/* A handler that waits for less than a long nap is never seen to stall, whatever its kind:
+ * each would be waited for. One that computes for as long is not to be looked at often. */
+void
+pf_crew_took_long(pf_crew *crew)
+{
+    struct rusage usage;
+    if (getrusage(RUSAGE_THREAD, &usage) == 0 && usage.ru_nvcsw != crew->slept) {
+        crew->slept = usage.ru_nvcsw;
+        atomic_store(&crew->calm, 0);
+    }
 }
 
 /* Tell who came last, or the watcher if there is nobody else. false: nobody stands by.

@@ -477,6 +477,9 @@ int pf_crew_wait(pf_crew *crew,
                                          0. PF_CREW_*, or -errno */
 void pf_crew_begin(pf_crew *crew); /* the leader enters a handler */
 void pf_crew_end(pf_crew *crew);   /* and has left it, or somebody leads in its place */
+void pf_crew_took_long(pf_crew *crew); /* behind an end, in the leader: that handler ran
+                                          for a tick or more. If it has waited, the next
+                                          that does is seen after one to two ticks */
 bool pf_crew_call(pf_crew *crew);  /* wake one who stands by; false: nobody does */
 unsigned long pf_crew_appoint(pf_crew *crew); /* wake one who stands by, to lead: its
                                                  name; 0: nobody is to be had */

@@ -920,10 +920,10 @@ def test_threads_of_a_crew_do_not_press_forward_where_handlers_block(serve, inte
 @pytest.mark.parametrize(("slack", "later"), [(50_000, 500_000), (70_000, 70_000)])
 def test_threads_of_a_crew_that_sleep_wake_up_together(serve, interface, slack, later):
     """Their timers may be late, where handlers block and nobody has said how much."""
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
 
     def blocking() -> None:
-        seen.append(prctl(PR_GET_TIMERSLACK))
+        seen.append((os.sched_getscheduler(0), prctl(PR_GET_TIMERSLACK)))
         live.run(threading.get_ident)
 
     before = prctl(PR_GET_TIMERSLACK)
@@ -935,7 +935,35 @@ def test_threads_of_a_crew_that_sleep_wake_up_together(serve, interface, slack, 
             client.ask(get("/slow"))
     finally:
         prctl(PR_SET_TIMERSLACK, before)
-    assert seen[0] == slack and set(seen) == {slack, later}
+    assert set(seen) == {(os.SCHED_OTHER, slack), (os.SCHED_BATCH, later)}
+
+
+def test_handlers_that_wait_for_some_milliseconds_do_so_together(serve, interface):
+    """Behind fast ones, too, among which nobody looks often for one that stalls."""
+    inside, lock, all_inside = 0, threading.Lock(), threading.Event()
+
+    def waiting() -> None:
+        nonlocal inside
+        with lock:
+            inside += 1
+            if inside == THREADS:
+                all_inside.set()
+        all_inside.wait(0.003)
+        with lock:
+            inside -= 1
+
+    live = serve(app_of(interface, waiting), threads=THREADS)
+    clients = [live.client() for _ in range(THREADS)]
+    calm = time.monotonic() + 0.5
+    while time.monotonic() < calm:
+        clients[0].ask()
+    deadline = time.monotonic() + SOON
+    while not all_inside.is_set() and time.monotonic() < deadline:
+        for client in clients:
+            client.send(get("/slow"))
+        for client in clients:
+            assert client.answer().body == b"hi"
+    assert all_inside.is_set()
 
 
 def test_after_handlers_that_blocked_fast_ones_share_a_thread_again(serve, interface):

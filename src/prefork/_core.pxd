@@ -339,6 +339,7 @@ cdef extern from "prefork.h" nogil:
     int pf_crew_wait(pf_crew *crew, unsigned long name) nogil
     void pf_crew_begin(pf_crew *crew)
     void pf_crew_end(pf_crew *crew)
+    void pf_crew_took_long(pf_crew *crew)
     bint pf_crew_call(pf_crew *crew)
     unsigned long pf_crew_appoint(pf_crew *crew)
     void pf_crew_close(pf_crew *crew)
@@ -448,6 +449,7 @@ cdef class Crew:
     cdef int stand_by(self, Loop loop) except -1
     cdef void begin(self) noexcept
     cdef void end(self) noexcept
+    cdef void took_long(self) noexcept
     cdef bint call(self) noexcept
     cdef unsigned long appoint(self) noexcept
 

@@ -244,6 +244,10 @@ cdef class Crew:
         """It has left it, or somebody leads in its place."""
         pf_crew_end(self.handle)
 
+    cdef void took_long(self) noexcept:
+        """Behind end(), in the leader: it ran for a tick or more. Has it waited?"""
+        pf_crew_took_long(self.handle)
+
     cdef bint call(self) noexcept:
         """Wake one who stands by; False: nobody does."""
         return pf_crew_call(self.handle)
@@ -1354,7 +1358,7 @@ cdef struct Prepared:
     void *text    # owned bytes; NULL: not asked for yet, or not a field of all answers
     pf_line line  # which lends it
     void *seen    # who came last and is not kept: nothing that may be looked into
-    int times     # it came one after the other
+    int times     # it came since another one that is not kept did
 cdef Prepared prepared[PREPARED]
 memset(prepared, 0, sizeof(prepared))
 

@@ -597,7 +597,9 @@ cdef class Dispatcher:
         self.inside = False
         self.current = None
         before = self.loop.now()
-        if self.loop.touch() - before < BLOCKED_MS and self.eager > 0:
+        if self.loop.touch() - before >= BLOCKED_MS:
+            self.crew.took_long()
+        elif self.eager > 0:
             self.eager -= 1
         return True
 
@@ -684,7 +686,10 @@ cdef class Dispatcher:
     def run_next(self):
         """What waits longest; who then lies down keeps nothing of it."""
         method, *arguments = self.waiting.popleft()
+        since = monotonic()
         method(*arguments)
+        if (monotonic() - since) * 1000 >= BLOCKED_MS:
+            self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
 
     def stop(self):
         """The crew has nothing more to do. Any thread of it, and the main one."""
