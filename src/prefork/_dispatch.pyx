@@ -581,7 +581,7 @@ cdef class Dispatcher:
 
     cdef bint leave(self, Request request) except -1:
         """It has ended. False: somebody else leads."""
-        cdef int64_t before
+        cdef int64_t before, took
         if self.crew is None:
             if self.inside:
                 self.inside = False
@@ -597,9 +597,10 @@ cdef class Dispatcher:
         self.inside = False
         self.current = None
         before = self.loop.now()
-        if self.loop.touch() - before >= BLOCKED_MS:
+        took = self.loop.touch() - before
+        if took > BLOCKED_MS:  # of two ticks of the clock, one may have been about to come
             self.crew.took_long()
-        elif self.eager > 0:
+        elif took < BLOCKED_MS and self.eager > 0:
             self.eager -= 1
         return True
 
