@@ -598,7 +598,7 @@ cdef class Dispatcher:
         self.current = None
         before = self.loop.now()
         took = self.loop.touch() - before
-        if took > BLOCKED_MS:  # of two ticks of the clock, one may have been about to come
+        if took > BLOCKED_MS:  # the first of two ticks may have been about to come
             self.crew.took_long()
         elif took < BLOCKED_MS and self.eager > 0:
             self.eager -= 1
