@@ -79,6 +79,7 @@ cdef class Dispatcher:
     cdef bint leave(self, Request request) except -1
     cdef bint hand_on(self, Request request) except -1
     cdef int heed(self, int count) except -1
+    cdef void expect_more(self) noexcept
     cdef int settle_account(self, Request request) except -1
     cdef int expect_to_block(self) except -1
     cdef bint claim(self) except -1

@@ -570,10 +570,14 @@ cdef class Dispatcher:
         request.handed_on = monotonic()
         return True
 
+    cdef void expect_more(self) noexcept:
+        """A handler has blocked: others are likely to."""
+        self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
+
     cdef int settle_account(self, Request request) except -1:
         """A handler has ended before which the loop was handed on: was it worth it?"""
         if (monotonic() - request.handed_on) * 1000 >= BLOCKED_MS:
-            self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
+            self.expect_more()
         elif self.eager > 0:
             self.eager -= 1
         request.handed_on = 0
@@ -619,7 +623,7 @@ cdef class Dispatcher:
         self.inside = False
         self.current = None
         self.crew.end()
-        self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
+        self.expect_more()
         if request is not None and request.loan is not NULL:
             request.hold()
             request.detach()
@@ -690,7 +694,7 @@ cdef class Dispatcher:
         since = monotonic()
         method(*arguments)
         if (monotonic() - since) * 1000 >= BLOCKED_MS:
-            self.eager = min(self.eager + EAGER_MORE, EAGER_MOST)
+            self.expect_more()
 
     def stop(self):
         """The crew has nothing more to do. Any thread of it, and the main one."""
